@@ -1,0 +1,15 @@
+// Which instruction set the kernels use: the best one that the processor has, chosen once; tests force another.
+#pragma once
+
+namespace csq::cpu {
+
+enum class Isa { scalar, avx2, avx512 };
+constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);
+
+Isa current_isa();
+void force_isa(Isa isa);  // must be supported
+
+}  // namespace csq::cpu
