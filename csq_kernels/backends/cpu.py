@@ -1,0 +1,125 @@
+"""The ops on the processor: tensors in, addresses and sizes to the native module. The caller has checked arguments."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from csq_kernels import _native, reference
+from csq_kernels.backends.layout import channel_layout
+
+if _native.module is None:
+    raise ImportError(_native.reason)
+_C = _native.module
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+HUGE_PAGES_FROM = 4 << 20  # bytes; such a range holds at least one whole page of 2 MiB
+
+
+def _vector(values: Tensor) -> Tensor:
+    """The values as the kernels read them; the tensor itself when nothing needs to change."""
+    return values.to(torch.float32).contiguous()
+
+
+def _new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """As ``like.new_empty(shape)``; a large one is fresh memory, whose first touch would cost more than the kernel."""
+    tensor = like.new_empty(shape)
+    if tensor.nbytes >= HUGE_PAGES_FROM:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def _check_temperature(temperature: Tensor) -> None:
+    value = temperature.item()
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected temperature to be positive and finite, got {value}")
+
+
+def reconstruct(
+    bit_logits: Tensor,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> Tensor:
+    """Equation (3); arguments and result as in ``reference.reconstruct``."""
+    _check_temperature(temperature)
+    if bit_logits.dtype not in DTYPES:
+        return reference.reconstruct(
+            bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
+        )
+    weight_shape = bit_logits.shape[2:]
+    weight = _new_empty(bit_logits, weight_shape)
+    if weight.numel() == 0:
+        return weight
+    logits = bit_logits.contiguous()
+    gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+    _C.reconstruct_forward(
+        logits.data_ptr(),
+        gate_values.data_ptr(),
+        scale_values.data_ptr(),
+        beta.data_ptr(),
+        weight.data_ptr(),
+        *channel_layout(weight_shape, gate_logits, scale, channel_axis),
+        bits,
+        n_bits,
+        DTYPES[bit_logits.dtype],
+        gate_logits.ndim == 2,
+        scale.ndim == 1,
+        hard_gates,
+        torch.get_num_threads(),
+    )
+    return weight
+
+
+def reconstruct_backward(
+    grad_weight: Tensor,
+    bit_logits: Tensor,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations (4), (5), (6); arguments and results as in ``reference.reconstruct_backward``."""
+    _check_temperature(temperature)
+    if bit_logits.dtype not in DTYPES:
+        return reference.reconstruct_backward(
+            grad_weight, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
+        )
+    grad_bits = _new_empty(bit_logits, bit_logits.shape)
+    grad_gates = gate_logits.new_empty(gate_logits.shape, dtype=torch.float32)
+    grad_scale = scale.new_empty(scale.shape, dtype=torch.float32)
+    if grad_weight.numel() == 0:
+        return grad_bits, grad_gates.zero_().to(gate_logits.dtype), grad_scale.zero_().to(scale.dtype)
+    grad = grad_weight.to(bit_logits.dtype).contiguous()
+    logits = bit_logits.contiguous()
+    gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+    layout = channel_layout(grad_weight.shape, gate_logits, scale, channel_axis)
+    scratch = torch.empty(_C.reconstruct_scratch_size(*layout, len(bits)), dtype=torch.float64)
+    _C.reconstruct_backward(
+        grad.data_ptr(),
+        logits.data_ptr(),
+        gate_values.data_ptr(),
+        scale_values.data_ptr(),
+        beta.data_ptr(),
+        grad_bits.data_ptr(),
+        grad_gates.data_ptr(),
+        grad_scale.data_ptr(),
+        scratch.data_ptr(),
+        *layout,
+        bits,
+        n_bits,
+        DTYPES[bit_logits.dtype],
+        gate_logits.ndim == 2,
+        scale.ndim == 1,
+        hard_gates,
+        torch.get_num_threads(),
+    )
+    return grad_bits, grad_gates.to(gate_logits.dtype), grad_scale.to(scale.dtype)

@@ -1,0 +1,112 @@
+"""The ops on a CUDA device: tensors in, addresses, sizes and a stream to the native module.
+
+The caller has checked the arguments. Nothing here waits for the device, so a temperature is not looked at either.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from csq_kernels import _native, reference
+from csq_kernels.backends.layout import channel_layout
+
+if _native.module is None:
+    raise ImportError(_native.reason)
+_C = _native.module
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _vector(values: Tensor) -> Tensor:
+    """The values as the kernels read them; the tensor itself when nothing needs to change."""
+    return values.to(torch.float32).contiguous()
+
+
+def reconstruct(
+    bit_logits: Tensor,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> Tensor:
+    """Equation (3); arguments and result as in ``reference.reconstruct``."""
+    if bit_logits.dtype not in DTYPES:
+        return reference.reconstruct(
+            bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
+        )
+    weight = bit_logits.new_empty(bit_logits.shape[2:])
+    if weight.numel() == 0:
+        return weight
+    with torch.cuda.device(bit_logits.device):
+        logits = bit_logits.contiguous()
+        gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+        _C.cuda_reconstruct_forward(
+            logits.data_ptr(),
+            gate_values.data_ptr(),
+            scale_values.data_ptr(),
+            beta.data_ptr(),
+            weight.data_ptr(),
+            *channel_layout(weight.shape, gate_logits, scale, channel_axis),
+            bits,
+            n_bits,
+            DTYPES[bit_logits.dtype],
+            gate_logits.ndim == 2,
+            scale.ndim == 1,
+            hard_gates,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return weight
+
+
+def reconstruct_backward(
+    grad_weight: Tensor,
+    bit_logits: Tensor,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations (4), (5), (6); arguments and results as in ``reference.reconstruct_backward``."""
+    if bit_logits.dtype not in DTYPES:
+        return reference.reconstruct_backward(
+            grad_weight, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
+        )
+    grad_bits = bit_logits.new_empty(bit_logits.shape)
+    if grad_weight.numel() == 0:
+        return grad_bits, gate_logits.new_zeros(gate_logits.shape), scale.new_zeros(scale.shape)
+    grad_gates = gate_logits.new_empty(gate_logits.shape, dtype=torch.float32)
+    grad_scale = scale.new_empty(scale.shape, dtype=torch.float32)
+    layout = channel_layout(grad_weight.shape, gate_logits, scale, channel_axis)
+    with torch.cuda.device(bit_logits.device):
+        grad = grad_weight.to(bit_logits.dtype).contiguous()
+        logits = bit_logits.contiguous()
+        gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+        scratch_size = _C.cuda_reconstruct_scratch_size(*layout, len(bits))
+        scratch = bit_logits.new_empty((scratch_size,), dtype=torch.float64)
+        _C.cuda_reconstruct_backward(
+            grad.data_ptr(),
+            logits.data_ptr(),
+            gate_values.data_ptr(),
+            scale_values.data_ptr(),
+            beta.data_ptr(),
+            grad_bits.data_ptr(),
+            grad_gates.data_ptr(),
+            grad_scale.data_ptr(),
+            scratch.data_ptr(),
+            *layout,
+            bits,
+            n_bits,
+            DTYPES[bit_logits.dtype],
+            gate_logits.ndim == 2,
+            scale.ndim == 1,
+            hard_gates,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return grad_bits, grad_gates.to(gate_logits.dtype), grad_scale.to(scale.dtype)
