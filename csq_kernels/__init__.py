@@ -1,0 +1,47 @@
+"""Fused kernels for CSQ, bit-level mixed-precision quantization (arXiv 2212.02770), on PyTorch.
+
+Importing the package touches no GPU and no network.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from csq_kernels import functional
+from csq_kernels._native import info
+from csq_kernels.nn import (
+    Config,
+    CSQConv1d,
+    CSQConv2d,
+    CSQConv3d,
+    CSQConvTranspose2d,
+    CSQEmbedding,
+    CSQLinear,
+    Plan,
+    param_groups,
+    prepare_,
+)
+from csq_kernels.search import Budget, Report, Search, finalize_, report
+
+try:
+    __version__ = version("csq_kernels")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Budget",
+    "CSQConv1d",
+    "CSQConv2d",
+    "CSQConv3d",
+    "CSQConvTranspose2d",
+    "CSQEmbedding",
+    "CSQLinear",
+    "Config",
+    "Plan",
+    "Report",
+    "Search",
+    "finalize_",
+    "functional",
+    "info",
+    "param_groups",
+    "prepare_",
+    "report",
+]
