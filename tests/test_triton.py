@@ -1,0 +1,28 @@
+"""The Triton kernels on the processor."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).parent / "interpreted_triton.py"
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
+@pytest.mark.skipif(
+    _release("triton") < (3, 7) and _release("numpy") >= (2, 4),
+    reason="the interpreter of Triton 3.6 and older fails with NumPy 2.4 and newer (triton-lang/triton#9171)",
+)
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=500", str(CASES)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
