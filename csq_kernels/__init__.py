@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from csq_kernels import functional
 from csq_kernels._native import info
+from csq_kernels.budget import Budget
 from csq_kernels.nn import (
     Config,
     CSQConv1d,
@@ -19,7 +20,8 @@ from csq_kernels.nn import (
     param_groups,
     prepare_,
 )
-from csq_kernels.search import Budget, Report, Search, finalize_, report
+from csq_kernels.report import Report, report
+from csq_kernels.search import Search, finalize_
 
 try:
     __version__ = version("csq_kernels")
