@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import types
+from pathlib import Path
 from typing import Any
 
 import torch  # first: its libgomp is then the one that _C finds, and the process has one thread pool
@@ -13,6 +14,9 @@ try:
     module = importlib.import_module("csq_kernels._C")
 except ModuleNotFoundError as error:
     reason = f"the native module was not built: {error}"
+    source = Path(__file__).resolve().parents[1]
+    if (source / "setup.py").exists():
+        reason += f"; {source} holds sources: start Python elsewhere, or build in place with pip install -e ."
 except ImportError as error:
     reason = f"the native module cannot be loaded: {error}"
 
