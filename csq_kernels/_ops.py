@@ -15,7 +15,7 @@ argument              shape                           meaning
 ``hard_gates``        bool                            gates are ``[u > 0]`` of equation (7) and get no gradient
 ====================  ==============================  =======================================================
 
-Every kernel skips a plane whose gate is exactly 0: it is neither read nor multiplied. Only the reference computes it.
+A plane whose gate is exactly 0 contributes nothing, be its logits NaN; every kernel skips it without reading it.
 """
 
 from collections.abc import Callable, Sequence

@@ -27,6 +27,12 @@ def gates(gate_logits: Tensor, temperature: Tensor, hard_gates: bool) -> Tensor:
     return torch.sigmoid(temperature * gate_logits)
 
 
+def _soft_bits(logits: Tensor, gate: Tensor, temperature: Tensor, channel_axis: int) -> Tensor:
+    """Equation (1) for one plane; where the gate is 0 the logits, even NaN, have no say."""
+    closed = along_channel(gate == 0, logits.ndim, channel_axis)
+    return torch.sigmoid(temperature * torch.where(closed, 0.0, logits.to(gate.dtype)))
+
+
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -48,8 +54,8 @@ def reconstruct(
     gate = gates(gate_logits.to(dtype), temperature, hard_gates)
     total = torch.zeros(weight_shape, dtype=dtype, device=bit_logits.device)
     for plane, bit in enumerate(bits):
-        positive = torch.sigmoid(temperature * bit_logits[0, plane].to(dtype))
-        negative = torch.sigmoid(temperature * bit_logits[1, plane].to(dtype))
+        positive = _soft_bits(bit_logits[0, plane], gate[plane], temperature, channel_axis)
+        negative = _soft_bits(bit_logits[1, plane], gate[plane], temperature, channel_axis)
         total = total + 2.0**bit * along_channel(gate[plane], len(weight_shape), channel_axis) * (positive - negative)
     step = along_channel(scale / (2.0**n_bits - 1), len(weight_shape), channel_axis)
     return (step * total).to(bit_logits.dtype)
@@ -84,8 +90,8 @@ def reconstruct_backward(
     codes = torch.zeros_like(grad)
     for plane, bit in enumerate(bits):
         power = 2.0**bit * along_channel(gate[plane], weight_ndim, channel_axis)
-        positive = torch.sigmoid(beta * bit_logits[0, plane].to(dtype))
-        negative = torch.sigmoid(beta * bit_logits[1, plane].to(dtype))
+        positive = _soft_bits(bit_logits[0, plane], gate[plane], beta, channel_axis)
+        negative = _soft_bits(bit_logits[1, plane], gate[plane], beta, channel_axis)
         grad_bits[0, plane] = step_grad * power * beta * positive * (1 - positive)
         grad_bits[1, plane] = step_grad * power * beta * -negative * (1 - negative)
         codes = codes + power * (positive - negative)

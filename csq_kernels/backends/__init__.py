@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from csq_kernels import _native, reference
 from csq_kernels._ops import CHECKS, SCHEMAS, library
@@ -15,6 +18,10 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 FORCED = os.environ.get("CSQ_BACKEND") or None
 if FORCED is not None and FORCED not in BACKENDS:
     raise ValueError(f"expected CSQ_BACKEND as one of {', '.join(BACKENDS)}, got {FORCED!r}")
+
+
+# Position of the temperature among the arguments.
+_TEMPERATURE = {"reconstruct": 3, "reconstruct_backward": 4}
 
 
 class Unavailable(RuntimeError):
@@ -73,12 +80,21 @@ def choices() -> list[Choice]:
     return [choose(op, device)[0] for op in SCHEMAS for device in DEVICES]
 
 
+def _check_temperature(temperature: Tensor) -> None:
+    """Only where reading it costs nothing: on a GPU the watchdog of the search looks at it."""
+    value = temperature.item()
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected temperature to be positive and finite, got {value}")
+
+
 def _serve(op: str, device: str | None) -> Callable:
     """Check, then compute with what was chosen for ``device``, or with the reference on any other device."""
     check = CHECKS[op]
 
     def serve(*args):
         check(*args)
+        if device == "cpu":
+            _check_temperature(args[_TEMPERATURE[op]])
         function = getattr(reference, op) if device is None else choose(op, device)[1]
         return function(*args)
 

@@ -1,6 +1,5 @@
 """The ops on the processor: tensors in, addresses and sizes to the native module. The caller has checked arguments."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,12 +29,6 @@ def _new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _check_temperature(temperature: Tensor) -> None:
-    value = temperature.item()
-    if not 0 < value < math.inf:
-        raise ValueError(f"expected temperature to be positive and finite, got {value}")
-
-
 def reconstruct(
     bit_logits: Tensor,
     gate_logits: Tensor,
@@ -47,7 +40,6 @@ def reconstruct(
     hard_gates: bool,
 ) -> Tensor:
     """Equation (3); arguments and result as in ``reference.reconstruct``."""
-    _check_temperature(temperature)
     if bit_logits.dtype not in DTYPES:
         return reference.reconstruct(
             bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
@@ -88,7 +80,6 @@ def reconstruct_backward(
     hard_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (4), (5), (6); arguments and results as in ``reference.reconstruct_backward``."""
-    _check_temperature(temperature)
     if bit_logits.dtype not in DTYPES:
         return reference.reconstruct_backward(
             grad_weight, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
