@@ -1,0 +1,233 @@
+"""Recipes: what one run trains, on what, for how long. YAML files checked by pydantic; every key is documented here."""
+
+import inspect
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+import csq_kernels as csq
+from csq_kernels.train import models
+
+_SEARCH_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(csq.Search).parameters.items()}
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be read or holds a key or value that does not fit; the message names it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Data(_Section):
+    name: Literal["digits", "mnist5k", "fashion-mnist"]
+    root: str | None = Field(default=None, description="file or folder that holds the data; default: the usual places")
+    flip: bool = Field(default=False, description="mirror training images at random")
+    crop: int = Field(default=0, ge=0, description="shift training images at random by up to so many pixels")
+
+
+class Model(_Section):
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword options of the model, such as width")
+
+    @model_validator(mode="after")
+    def _known(self):
+        models.check_options(self.name, self.options)
+        return self
+
+
+class Quantization(_Section):
+    """The options of ``csq_kernels.Config``."""
+
+    n_bits: int = 8
+    initial_bits: int | None = None
+    gate_granularity: str = "layer"
+    scale_granularity: str = "channel"
+    act_bits: int | None = None
+    act_quantizer: str = "lsq"
+    min_bits: int = 1
+    rules: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        self.config()
+        return self
+
+    def config(self) -> csq.Config:
+        return csq.Config(**self.model_dump())
+
+
+class Epochs(_Section):
+    float_: int = Field(
+        default=0, ge=0, alias="float", description="of the float baseline that CSQ starts from; 0: none"
+    )
+    search: int = Field(ge=1, description="with moving gates, until the budget is met")
+    finetune: int = Field(ge=1, description="with the scheme fixed, until the bits have decided")
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0, description="of the float phase, and of what CSQ leaves float")
+    csq_lr: float | None = Field(default=None, gt=0, description="replaces lr after the float phase")
+    logit_lr: float | None = Field(default=None, gt=0, description="of bit logits; default: csq_lr")
+    gate_lr: float | None = Field(default=None, gt=0, description="of gate logits; default: csq_lr")
+    scale_lr: float | None = Field(default=None, gt=0, description="of scales; default: csq_lr")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, in Nesterov's form unless 0")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="of float weights; logits, gates and scales are never decayed"
+    )
+
+
+class Schedule(_Section):
+    """The learning rate over each phase: float, search, finetune."""
+
+    name: Literal["cosine", "onecycle", "constant"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the phase in which the rate rises")
+
+
+class SearchOptions(_Section):
+    """The options of ``csq_kernels.Search``; its share of the steps follows from the epochs."""
+
+    strength: float = Field(default=_SEARCH_DEFAULTS["strength"], ge=0, description="lambda of the budget term")
+    search_temperature: float = Field(default=_SEARCH_DEFAULTS["search_temperature"], ge=1)
+    final_temperature: float = Field(default=_SEARCH_DEFAULTS["final_temperature"], ge=1, description="beta_max")
+    schedule: Literal["exponential", "linear", "cosine"] = _SEARCH_DEFAULTS["schedule"]
+
+
+class Checkpoint(_Section):
+    minutes: float = Field(default=5.0, gt=0, description="save when the last one is older")
+    steps: int | None = Field(default=None, ge=1, description="save every so many steps as well")
+
+
+class Recipe(_Section):
+    """A whole run. ``dump`` and ``to_yaml`` spell every default out."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    data: Data
+    model: Model
+    quantization: Quantization = Quantization()
+    budget: str = Field(default="3.0 bits", description="what Search accepts; bits are stored bits")
+    epochs: Epochs
+    batch_size: int = Field(default=128, ge=2)
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    search: SearchOptions = SearchOptions()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    checkpoint: Checkpoint = Checkpoint()
+    log_every: int = Field(default=20, ge=1, description="steps between two lines of metrics.jsonl")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, budget: str) -> str:
+        csq.Budget.parse(budget)
+        return budget
+
+    def dump(self) -> dict[str, Any]:
+        return self.model_dump(by_alias=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False)
+
+
+def names() -> list[str]:
+    """Recipes that come with the package."""
+    folder = resources.files("csq_kernels.train") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"expected {source} to be YAML, got {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"expected {source} to be a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"expected an override as key=value, got {override!r}")
+    *sections, last = key.split(".")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"expected override {override!r} to name a key inside sections, got {section!r}, a value")
+    try:
+        target[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"expected override {key} with a YAML value, got {text!r}") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text, because of the missing dot."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}")
+        elif item["type"] == "missing":
+            lines.append(f"missing key {key}")
+        else:
+            # Messages of our own checks say what they got; those of pydantic do not.
+            got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(lines)
+
+
+def make(content: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check a mapping and return the recipe.
+
+    Raises:
+        RecipeError: a key is unknown or missing, or a value does not fit.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def load(source: str, overrides: list[str] | None = None, seed: int | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: name of a recipe that comes with the package, or path of a YAML file.
+        overrides: ``key=value`` with dotted keys and YAML values, such as ``optimizer.lr=0.1``.
+        seed: replaces the recipe's.
+
+    Raises:
+        RecipeError: it cannot be found or read, or does not fit; the message names the key.
+    """
+    if source in names():
+        text = (resources.files("csq_kernels.train") / "recipes" / f"{source}.yaml").read_text()
+    else:
+        try:
+            text = Path(source).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            known = ", ".join(names())
+            reason = getattr(error, "strerror", None) or "not text"
+            raise RecipeError(f"expected RECIPE as one of {known}, or a file, got {source!r} ({reason})") from None
+    content = _parse(text, source)
+    for override in overrides or []:
+        _override(content, override)
+    if seed is not None:
+        content["seed"] = seed
+    return make(content, source)

@@ -1,0 +1,383 @@
+"""The training loop: two runs agree, a killed run goes on as if nothing had been, checkpoints survive trouble."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("sklearn")
+
+from csq_kernels.train import checkpoint, loop, models, recipe
+
+SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
+
+
+def small(*overrides: str) -> recipe.Recipe:
+    return recipe.load("digits_mlp", [*SMALL, *overrides])
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict], dict]:
+    """What must not depend on interruptions: the report, the metrics and every tensor of the final model."""
+    report = json.loads((folder / "report.json").read_text())
+    records = [json.loads(line) for line in (folder / loop.METRICS).read_text().splitlines()]
+    for content in (report, *records):
+        del content["seconds"]
+    return report, records, checkpoint.load(folder)["model"]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    (report, records, model), (other_report, other_records, other_model) = outcome(first), outcome(second)
+    assert records == other_records
+    assert report == other_report
+    assert model.keys() == other_model.keys()
+    for name, values in model.items():
+        assert torch.equal(values, other_model[name]), name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A whole small run with augmentation, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    loop.train(small("data.crop=1"), folder)
+    return folder
+
+
+class Interrupt(loop.Display):
+    """Ends a run at an iteration, between two checkpoints, as abruptly as an exception can."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def update(self, record):
+        if record["iteration"] >= self.iteration:
+            raise KeyboardInterrupt
+
+
+def test_two_runs_agree(finished, tmp_path):
+    loop.train(small("data.crop=1"), tmp_path)
+    assert_same(finished, tmp_path)
+
+
+def test_another_seed_differs(finished, tmp_path):
+    loop.train(small("data.crop=1", "seed=1"), tmp_path)
+    assert outcome(tmp_path)[1] != outcome(finished)[1]
+
+
+# 10 steps an epoch: in the float phase, in the search, after the planes were dropped, before the first checkpoint.
+@pytest.mark.parametrize(("iteration", "every"), [(4, 1000), (14, 3), (30, 3), (54, 3), (54, 1000)])
+def test_resume_equals_uninterrupted(finished, tmp_path, iteration, every):
+    chosen = small("data.crop=1", f"checkpoint.steps={every}")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(chosen, tmp_path, display=Interrupt(iteration))
+    loop.train(chosen, tmp_path, resume=True)
+    assert_same(finished, tmp_path)
+
+
+def test_resume_after_two_real_kills(tmp_path):
+    """SIGKILL in the search and again in the finetune stage, at moments that the process does not choose."""
+    overrides = ["epochs.float=2", "epochs.search=8", "epochs.finetune=8", "checkpoint.steps=7", "log_every=5"]
+    loop.train(recipe.load("digits_mlp", overrides), tmp_path / "whole")
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-m", "csq_kernels.cli", "train", "digits_mlp", *overrides, "--out", str(broken)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def lines() -> int:
+        path = broken / loop.METRICS
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    for kill_after, extra in ((20, []), (55, ["--resume"])):
+        process = subprocess.Popen(command + extra, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and lines() < kill_after:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    loop.train(recipe.load("digits_mlp", overrides), broken, resume=True)
+    assert_same(tmp_path / "whole", broken)
+
+
+def test_max_minutes_stops_with_a_checkpoint(finished, tmp_path):
+    with pytest.raises(loop.TimeUpError, match="after step 1 of 20 of the float phase"):
+        loop.train(small("data.crop=1"), tmp_path, max_minutes=0.0)
+    loop.train(small("data.crop=1"), tmp_path, resume=True)
+    assert_same(finished, tmp_path)
+
+
+def test_report_and_folder(finished):
+    report, records, _ = outcome(finished)
+    assert report["scheme"]["budget_met"] is True and report["scheme"]["stored_bits"] <= 3.0
+    assert report["soft_accuracy"] == report["hard_accuracy"] > 0.5
+    assert [record["iteration"] for record in records] == sorted({record["iteration"] for record in records})
+    assert records[-1]["layer_bits"].keys() == {"hidden1", "hidden2", "head"}
+    assert records[-1]["temperature"] > 1000
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["csq_kernels"]["torch"] == torch.__version__
+    text = (finished / "report.txt").read_text()
+    for part in ("hidden1", "budget 3", "met", "float accuracy", "soft accuracy", "exact-integer accuracy", "gap"):
+        assert part in text
+    assert recipe.load(str(finished / "recipe.yaml")).dump() == small("data.crop=1").dump()
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    result = loop.train(small("data.crop=1"), finished, resume=True)
+    assert result["hard_accuracy"] == outcome(finished)[0]["hard_accuracy"]
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished):
+    with pytest.raises(loop.TrainingError, match="--resume"):
+        loop.train(small(), finished)
+
+
+def test_resume_with_another_recipe_names_the_difference(finished):
+    with pytest.raises(loop.TrainingError, match="optimizer.lr=0.05"):
+        loop.train(small("data.crop=1", "optimizer.lr=0.05"), finished, resume=True)
+
+
+def test_half_written_metrics_are_dropped(finished, tmp_path):
+    chosen = small("data.crop=1", "checkpoint.steps=3")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(chosen, tmp_path, display=Interrupt(30))
+    with open(tmp_path / loop.METRICS, "a") as metrics:
+        metrics.write('{"iteration": 3')
+    loop.train(chosen, tmp_path, resume=True)
+    assert_same(finished, tmp_path)
+
+
+def test_without_float_phase(tmp_path):
+    result = loop.train(small("epochs.float=0", "optimizer.csq_lr=0.1"), tmp_path)
+    assert "float_accuracy" not in result and result["scheme"]["budget_met"]
+    assert "float accuracy" not in (tmp_path / "report.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.name=adamw", "optimizer.lr=0.01", "clip_grad_norm=1.0", "label_smoothing=0.1"],
+        ["schedule.name=onecycle", "schedule.warmup=0.3", "quantization.act_bits=4"],
+        [
+            "model.name=cnn",
+            "model.options={width: 4}",
+            "schedule.name=constant",
+            "quantization.gate_granularity=channel",
+        ],
+        ["model.name=vit", "model.options={width: 8, depth: 1, heads: 2, patch: 4}", "budget=2.5 paper bits"],
+        ["quantization.rules={hidden1: null}", "quantization.initial_bits=3"],
+    ],
+    ids=["adamw", "onecycle", "cnn", "vit", "rules"],
+)
+def test_options_train_to_a_met_budget(tmp_path, overrides):
+    result = loop.train(small("epochs.float=1", *overrides), tmp_path)
+    assert result["scheme"]["budget_met"]
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    with pytest.raises(loop.TrainingError, match="not finite.*lower optimizer.lr"):
+        loop.train(small("optimizer.lr=1.0e+30"), tmp_path)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(loop.TrainingError, match="batch_size of at most 1397, got 5000"):
+        loop.train(small("batch_size=5000"), tmp_path)
+
+
+def test_an_impossible_device_is_refused(tmp_path):
+    with pytest.raises(loop.TrainingError, match="expected device"):
+        loop.train(small(), tmp_path, device="abacus")
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle", "constant"])
+def test_lr_factor(name):
+    factors = [loop.lr_factor(name, step, 100, 0.2) for step in range(100)]
+    rise = factors[:21]
+    assert rise == sorted(rise) and rise[0] < 0.06 and factors[20] == 1.0
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[-1] == 1.0 if name == "constant" else 0 < factors[-1] < 0.001
+    assert loop.lr_factor(name, 0, 1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_models_take_the_size_and_channels_of_the_data(name):
+    for channels, size in ((1, 28), (3, 32)):
+        model = models.build(name, channels, size, 7)
+        assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
+
+
+def test_resnet20_has_its_twenty_layers():
+    model = models.build("resnet20", 1, 28, 10)
+    main_path = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+    ]
+    assert len([name for name in main_path if "shortcut" not in name]) == 20
+
+
+def test_model_options_are_checked():
+    with pytest.raises(ValueError, match="among width, got 'depth'"):
+        models.build("cnn", 1, 28, 10, depth=2)
+    with pytest.raises(ValueError, match="positive integer, got 0"):
+        models.build("cnn", 1, 28, 10, width=0)
+    with pytest.raises(ValueError, match="divide the image size 28, got 5"):
+        models.build("vit", 1, 28, 10, patch=5)
+
+
+# --- checkpoints ---
+
+
+STATE = dict.fromkeys(checkpoint.KEYS - {"version"}, 0)
+
+
+def test_checkpoint_keeps_the_one_before(tmp_path):
+    checkpoint.save(tmp_path, STATE | {"step": 1})
+    checkpoint.save(tmp_path, STATE | {"step": 2})
+    assert checkpoint.load(tmp_path)["step"] == 2
+    # As after a kill between the two renames.
+    (tmp_path / checkpoint.NAME).unlink()
+    assert checkpoint.load(tmp_path)["step"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.PREVIOUS}
+
+
+def damage_cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def damage_flip(content: bytes) -> bytes:
+    return content[:60] + bytes(200) + content[260:]
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_flip, lambda _: b"", lambda _: b"text"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, damage):
+    checkpoint.save(tmp_path, STATE | {"step": 1})
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.load(tmp_path)
+    assert str(path) in str(error.value) and checkpoint.PREVIOUS not in str(error.value)
+    checkpoint.save(tmp_path, STATE | {"step": 2})
+    path.write_bytes(damage(path.read_bytes()))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(checkpoint.CheckpointError, match=checkpoint.PREVIOUS):
+        checkpoint.load(tmp_path)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / checkpoint.NAME)
+    with pytest.raises(checkpoint.CheckpointError, match="something else"):
+        checkpoint.load(tmp_path)
+    torch.save(STATE | {"version": 99}, tmp_path / checkpoint.NAME)
+    with pytest.raises(checkpoint.CheckpointError, match="version 1, got 99"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="found none"):
+        loop.train(small(), tmp_path, resume=True)
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of files, which the system enforces as it enforces a full disk: in the middle of a write."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, small_files):
+    checkpoint.save(tmp_path, STATE | {"step": 1})
+    small_files(100_000)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.save(tmp_path, STATE | {"step": 2, "model": torch.zeros(100_000)})
+    assert str(tmp_path / checkpoint.NAME) in str(error.value) and "intact" in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.NAME}
+    assert checkpoint.load(tmp_path)["step"] == 1
+
+
+def test_no_space_left_is_said(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, STATE | {"step": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device.*intact"):
+        checkpoint.save(tmp_path, STATE | {"step": 2})
+    assert checkpoint.load(tmp_path)["step"] == 1
+
+
+# --- recipes ---
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_recipes_of_the_package_are_valid(name):
+    chosen = recipe.load(name)
+    assert chosen.name == name
+    assert recipe.make(chosen.dump()).dump() == chosen.dump()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.learning_rate=1"], "unknown key optimizer.learning_rate"),
+        (["colour=blue"], "unknown key colour"),
+        (["optimizer.lr=fast"], "optimizer.lr: .*got 'fast'"),
+        (["optimizer.lr=-1"], "optimizer.lr: .*greater than 0, got -1"),
+        (["optimizer.lr=.nan"], "optimizer.lr: "),
+        (["budget=3 apples"], "budget: expected budget as .*got '3 apples'"),
+        (["model.name=alexnet"], "expected model.name of mlp, .*got 'alexnet'"),
+        (["model.options.colour=3"], "expected options of model mlp among width, depth, got 'colour'"),
+        (["quantization.n_bits=99"], "expected n_bits from 1 to 16, got 99"),
+        (["data.name=cifar"], "data.name: .*got 'cifar'"),
+        (["epochs.float"], "key=value, got 'epochs.float'"),
+        (["seed.deep=1"], "seed"),
+        (["epochs={search: 1}"], "missing key epochs.finetune"),
+        (["data.name=[unclosed"], "YAML value"),
+    ],
+)
+def test_mistakes_in_recipes_are_named(overrides, message):
+    with pytest.raises(recipe.RecipeError, match=message):
+        recipe.load("digits_mlp", overrides)
+
+
+def test_overrides_are_yaml():
+    chosen = recipe.load(
+        "digits_mlp", ["optimizer.lr=1e-3", "data.flip=true", "budget=2.5 bits", "clip_grad_norm=null"]
+    )
+    assert (chosen.optimizer.lr, chosen.data.flip, chosen.budget) == (1e-3, True, "2.5 bits")
+    assert chosen.clip_grad_norm is None and recipe.load("digits_mlp", seed=7).seed == 7
+
+
+@pytest.mark.parametrize("content", ["- a list", "name: [", "\x00", "just text"])
+def test_files_that_are_no_recipe(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(recipe.RecipeError, match="recipe.yaml"):
+        recipe.load(str(path))
+
+
+def test_the_loop_imports_without_the_extra_packages():
+    script = (
+        "import sys\n"
+        "for name in ('pydantic', 'yaml', 'typer', 'rich', 'matplotlib', 'sklearn', 'mlxtend'):\n"
+        "    sys.modules[name] = None\n"
+        "from csq_kernels.train import checkpoint, data, loop, models\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
