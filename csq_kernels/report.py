@@ -156,7 +156,7 @@ def health(model: nn.Module) -> list[str]:
         if layer.stage == "hard":
             continue
         if not layer.active_bits():
-            warnings.append(f"{name}: every gate is closed, its weight is 0")
+            warnings.append(f"{name}: every gate is below the threshold, as hard its weight would be 0")
         frozen = 1 - _share_within(layer, _FROZEN, layer.bits)
         if layer.bit_logits.numel() and frozen > 0.999:
             warnings.append(f"{name}: {frozen:.1%} of the bit logits are frozen, it no longer learns")

@@ -136,5 +136,5 @@ def test_the_bar_on_a_terminal_shows_the_figures():
         shown.update(record)
     text = console.export_text()
     assert text.count("warning: fc: stuck") == 1
-    for part in ("loss 0.5", "train 25.00%", "5.00 stored", "over budget +2.00 stored bits"):
+    for part in ("loss 0.5", "train 25.00%", "5.00 stored", "budget gap +2.00 stored bits"):
         assert part in text

@@ -351,6 +351,6 @@ def test_health_names_the_layer():
         model[7].bit_logits.fill_(50.0)
     messages = health(model)
     assert "0: bit_logits is not finite" in messages
-    assert "3: every gate is closed, its weight is 0" in messages
+    assert "3: every gate is below the threshold, as hard its weight would be 0" in messages
     assert "3: every gate is saturated, its precision no longer moves" in messages
     assert any(message.startswith("7: 100.0% of the bit logits are frozen") for message in messages)

@@ -20,7 +20,7 @@ def describe(record: dict[str, Any]) -> str:
     if "stored_bits" in record:
         unit = record["budget"].partition(" ")[2]
         parts.append(f"bits {record['paper_bits']:.2f} paper {record['stored_bits']:.2f} stored")
-        parts.append(f"over budget {record['gap']:+.2f} {unit}")
+        parts.append(f"budget gap {record['gap']:+.2f} {unit}")
     return "  ".join(parts)
 
 
