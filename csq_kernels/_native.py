@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ except ModuleNotFoundError as error:
         reason += f"; {source} holds sources: start Python elsewhere, or build in place with pip install -e ."
 except ImportError as error:
     reason = f"the native module cannot be loaded: {error}"
+if reason is not None:
+    warnings.warn(f"csq_kernels computes with plain PyTorch on the CPU: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _version_or_reason(package: str) -> str:

@@ -2,10 +2,12 @@
 
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import csq_kernels
 from csq_kernels import _native
 
 GUARD = 64  # elements; keeps the alignment that the allocator gave
@@ -15,6 +17,15 @@ SENTINEL = 77.0
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory):
+    """Run where Python does not find the source folder: processes that tests start use the package that is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        patch.setenv("PYTHONPATH", str(Path(csq_kernels.__file__).parents[1]))
+        yield
 
 
 @pytest.fixture(autouse=True)
