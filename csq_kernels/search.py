@@ -64,7 +64,7 @@ class Search:
         search_share: float = 0.5,
         strength: float = 0.1,
         search_temperature: float = 30.0,
-        final_temperature: float = 2000.0,
+        final_temperature: float = 10000.0,
         schedule: str = "exponential",
     ):
         if total_steps < 2:

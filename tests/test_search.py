@@ -143,7 +143,7 @@ def test_schedules_rise_from_one_to_the_last_value(schedule):
         values.append(search.temperature)
         search.step()
     assert values[0] == 1.0 and values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:])
-    assert search.temperature == pytest.approx(2000.0)
+    assert search.temperature == pytest.approx(10000.0)
 
 
 def test_raising_the_temperature_keeps_an_untrained_weight():
