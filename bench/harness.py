@@ -59,7 +59,9 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dict[str, Spread], float]:
-    """Time all entries in turn, ``rounds`` times, each after a timed copy; they must have run before.
+    """Time all entries in turn, ``rounds`` times, each after a call of its own that is not timed and a timed copy.
+
+    The call before brings an entry's memory back: pages that the system took away while others ran are not its cost.
 
     Returns:
         The spread of each entry, and the copy bandwidth (bytes read plus bytes written per second).
@@ -71,6 +73,8 @@ def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dic
     copies = []
     for _ in range(rounds):
         for name, entry in entries.items():
+            entry.prepare()
+            entry.run()
             entry.prepare()
             copies.append(seconds(lambda: target.copy_(source), device))
             times[name].append(seconds(entry.run, device))

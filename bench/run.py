@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from harness import Entry, append_lines, circumstances, interleave, peak_bytes
 from torch import Tensor
 
-from csq_kernels import functional, reference
+from csq_kernels import _native, functional, reference
 
 RESULTS = Path(__file__).parent / "results"
 PROVIDERS = ("eager", "compiled", "csq")
 MODES = ("forward", "forward+backward")
 TEMPERATURE = 30.0
+SIMD_BITS = {"avx2": 256, "avx512": 512}
 
 
 def per_bit(planes: list[Tensor], gate_logits: Tensor, scale: Tensor, temperature: Tensor) -> Tensor:
@@ -243,6 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--providers", default="eager,compiled,csq", help="eager is the yardstick and always runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", choices=SIMD_BITS, help="restrict csq and torch.compile to this instruction set")
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are appended here; default results/OP.jsonl")
     options = parser.parse_args()
     options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
@@ -253,6 +256,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
+    if options.isa is not None:
+        _native.module.set_isa(options.isa)
+        torch._inductor.config.cpp.simdlen = SIMD_BITS[options.isa]
     context = circumstances(options.device)
     for key, value in context.items():
         print(f"{key}: {value}")
