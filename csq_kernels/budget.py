@@ -118,13 +118,13 @@ class Cost:
             f"expected budget of at least {self.of(least):.4g} {self.budget.unit} for this model, got {self.budget}"
         )
 
-    def soft(self, shift: Tensor | float = 0.0) -> Tensor:
+    def soft(self, shift: Tensor | float = 0.0, sharpness: float = 1.0) -> Tensor:
         """Cost with soft gates: a bit counts ``G_b``, and the end of a run ``G_b (1 - G_{b+1})`` once more where planes
         are stored.
 
-        ``shift`` is added to every gate logit.
+        ``shift`` is added to every gate logit; ``sharpness`` multiplies the temperature of the gates.
         """
-        gates = [_mean_gates(layer, shift) for layer in self.layers.values()]
+        gates = [_mean_gates(layer, shift, sharpness) for layer in self.layers.values()]
         gate = nn.utils.rnn.pad_sequence(gates, batch_first=True)  # [layers, planes]
         bits = gate.sum(1)
         if self.budget.unit != "paper bits":
@@ -141,8 +141,8 @@ def _numel(layer: CSQLayer) -> int:
     return math.prod(layer.bit_logits.shape[2:])
 
 
-def _mean_gates(layer: CSQLayer, shift: Tensor | float) -> Tensor:
-    gate = torch.sigmoid(layer.temperature * (layer.gate_logits + shift))
+def _mean_gates(layer: CSQLayer, shift: Tensor | float, sharpness: float) -> Tensor:
+    gate = torch.sigmoid(sharpness * layer.temperature * (layer.gate_logits + shift))
     return gate if gate.ndim == 1 else gate.mean(1)
 
 

@@ -18,6 +18,9 @@ from csq_kernels.nn.prepare import csq_layers, followers
 from csq_kernels.report import Report, health, report
 
 SCHEDULES = ("exponential", "linear", "cosine")
+# The controller counts gates at a higher temperature than the weight uses: nearly as the repair will count them.
+COUNT_SHARPNESS = 8.0
+_LARGEST_SHIFT, _BISECTIONS = 0.1, 12
 
 
 class Search:
@@ -94,7 +97,7 @@ class Search:
         self._check_reachable()
         # A tensor on the model's device: the controller never waits for the GPU.
         self.integral = torch.zeros((), device=self._device(), dtype=torch.float64)
-        self.first_cost = float(self.cost.soft().detach())
+        self.first_cost = float(self.cost.soft(sharpness=COUNT_SHARPNESS).detach())
 
     def _check_reachable(self) -> None:
         least = {name: frozenset(range(layer.min_bits)) for name, layer in self.layers.items()}
@@ -137,15 +140,15 @@ class Search:
         """
         if self.stage != "search":
             return torch.zeros((), device=self._device())
+        distance = (self.cost.soft(sharpness=COUNT_SHARPNESS).detach() - self.target()) / self.budget.value
         cost = self.cost.soft()
-        distance = (cost.detach() - self.target()) / self.budget.value
         return (self.strength * (distance + self.integral)).to(cost.dtype) * cost
 
     @torch.no_grad()
     def step(self) -> None:
         """Advance by one optimizer step: controller, end of the search, temperature."""
         if self.stage == "search":
-            distance = (self.cost.soft() - self.target()) / self.budget.value
+            distance = (self.cost.soft(sharpness=COUNT_SHARPNESS) - self.target()) / self.budget.value
             # The integral doubles a constant distance after a twentieth of the search.
             self.integral = (self.integral + 20 * distance / self.search_steps).clamp(-10.0, 10.0)
             self._hold_target()
@@ -165,19 +168,18 @@ class Search:
                 member.temperature.fill_(after)
 
     def _hold_target(self) -> None:
-        """Shift all gate logits alike, by one Newton step, towards the target cost.
+        """Shift all gate logits alike, so that the bits they stand for cost what the target says.
 
-        Only their order then decides which bits stay. Without it gates near the threshold die together once the
-        temperature is high.
+        Only their order then decides which bits stay. Without it a layer's gates all settle just below the threshold,
+        where together they still carry the weight, and die together once the temperature is high.
         """
-        with torch.enable_grad():
-            shift = torch.zeros((), device=self._device(), requires_grad=True)
-            cost = self.cost.soft(shift)
-            (slope,) = torch.autograd.grad(cost, shift)
-        limit = 0.1
-        move = ((self.target() - cost.detach()) / slope.clamp_min(1e-6)).clamp(-limit, limit)
+        low, high = (torch.full((), side * _LARGEST_SHIFT, device=self._device()) for side in (-1, 1))
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            too_much = self.cost.soft(middle, COUNT_SHARPNESS) > self.target()
+            low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
         for layer in self.layers.values():
-            layer.gate_logits.add_(move)
+            layer.gate_logits.add_((low + high) / 2)
 
     def _fix_scheme(self) -> None:
         scheme = repair(active_sets(self.layers), gate_scores(self.layers), self.cost)
