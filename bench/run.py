@@ -17,7 +17,8 @@ from torch import Tensor
 from csq_kernels import _native, functional, reference
 
 RESULTS = Path(__file__).parent / "results"
-PROVIDERS = ("eager", "compiled", "csq")
+PROVIDERS = ("reference", "reference-compiled", "eager", "compiled", "csq")
+BASELINES = PROVIDERS[:-1]
 MODES = ("forward", "forward+backward")
 TEMPERATURE = 30.0
 SIMD_BITS = {"avx2": 256, "avx512": 512}
@@ -52,8 +53,12 @@ class Reconstruct:
     def providers(self) -> dict[str, Callable[[], Tensor]]:
         """The weight, as a function of nothing, by provider."""
         vectors = (self.gate_logits, self.scale, self.temperature)
+        constants = (list(range(len(self.planes) // 2)), len(self.planes) // 2, 0, False)
         compiled = torch.compile(per_bit, fullgraph=True, dynamic=False)
+        compiled_reference = torch.compile(reference.reconstruct, fullgraph=True, dynamic=False)
         return {
+            "reference": lambda: reference.reconstruct(self.bit_logits, *vectors, *constants),
+            "reference-compiled": lambda: compiled_reference(self.bit_logits, *vectors, *constants),
             "eager": lambda: per_bit(self.planes, *vectors),
             "compiled": lambda: compiled(self.planes, *vectors),
             "csq": lambda: functional.reconstruct(self.bit_logits, *vectors),
@@ -196,7 +201,7 @@ def run_reconstruct(shape: tuple[int, ...], options: argparse.Namespace) -> tupl
                 "share_of_floor": floor / spread.median,
                 "speedup_over": {
                     other: times[other, mode].median / spread.median
-                    for other in ("eager", "compiled")
+                    for other in BASELINES
                     if (other, mode) in times and other != provider
                 },
                 "extra_memory_over_logits": max(0, memory[provider, mode] - outputs[mode]) / logit_bytes,
@@ -210,8 +215,10 @@ def run_reconstruct(shape: tuple[int, ...], options: argparse.Namespace) -> tupl
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
-    columns = "{:>11} {:16} {:8} {:>10} {:>17} {:>9} {:>6} {:>9} {:>11} {:>7} {:>6}"
-    heads = "shape mode provider median p20..p80 floor share vs_eager vs_compiled memory error"
+    columns = "{:>11} {:16} {:18} {:>11} {:>19} {:>9} {:>6} {:>12} {:>21} {:>9} {:>11} {:>7} {:>6}"
+    heads = (
+        f"shape mode provider median p20..p80 floor share {' '.join('vs_' + name for name in BASELINES)} memory error"
+    )
     print(columns.format(*heads.split()))
     for row in rows:
         ratios = {other: f"{ratio:.2f}x" for other, ratio in row["speedup_over"].items()}
@@ -225,8 +232,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 f"{ms['p20']:.2f}..{ms['p80']:.2f}",
                 f"{1e3 * row['floor_seconds']:.2f} ms",
                 f"{row['share_of_floor']:.0%}",
-                ratios.get("eager", ""),
-                ratios.get("compiled", ""),
+                *(ratios.get(name, "") for name in BASELINES),
                 f"{row['extra_memory_over_logits']:.2f}",
                 f"{row['error_over_allowed']:.2f}",
             )
@@ -242,7 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", default="1024x1024,4096x4096", help="of the weight, comma-separated")
     parser.add_argument("--n-bits", type=int, default=8)
-    parser.add_argument("--providers", default="eager,compiled,csq", help="eager is the yardstick and always runs")
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="eager is the yardstick and always runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--isa", choices=SIMD_BITS, help="restrict csq and torch.compile to this instruction set")
