@@ -17,7 +17,6 @@ from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.nn.prepare import csq_layers
 
 SCALE_BYTES = 4
-UNITS = ("stored bits", "paper bits", "MB")
 ActiveSets = dict[str, frozenset[int]]
 
 
@@ -92,6 +91,9 @@ class Cost:
             raise ValueError("expected model with CSQ layers, got none; call prepare_ first")
         self.weights = {name: _numel(layer) for name, layer in self.layers.items()}
         self.total_weights = sum(self.weights.values())
+        device = next(iter(self.layers.values())).gate_logits.device
+        # Made once: `soft` runs many times a step, and on a GPU each copy would wait.
+        self._weights = torch.tensor(list(self.weights.values()), dtype=torch.float32, device=device)
         self.fixed = float_bytes(model) if budget.unit == "MB" else 0
         self.per_unit = 10**6 if budget.unit == "MB" else self.total_weights
         # The product may fall just short of the integer that was meant, as 4.1 * 10 does.
@@ -130,11 +132,10 @@ class Cost:
         if self.budget.unit != "paper bits":
             above = nn.functional.pad(gate, (0, 1))[:, 1:]
             bits = bits + (gate * (1 - above)).sum(1)
-        weights = torch.tensor(list(self.weights.values()), dtype=bits.dtype).to(bits.device)
         if self.budget.unit == "MB":
-            scales = sum(4 * layer.scale.numel() for layer in self.layers.values())
-            return (self.fixed + scales + (weights * bits).sum() / 8) / self.per_unit
-        return (weights * bits).sum() / self.per_unit
+            scales = sum(SCALE_BYTES * layer.scale.numel() for layer in self.layers.values())
+            return (self.fixed + scales + (self._weights * bits).sum() / 8) / self.per_unit
+        return (self._weights * bits).sum() / self.per_unit
 
 
 def _numel(layer: CSQLayer) -> int:
@@ -204,8 +205,12 @@ def repair(active: ActiveSets, scores: dict[str, dict[int, float]], cost: Cost) 
                 if best is None or lost / saved < best[0]:
                     best = (lost / saved, name, fewer)
         if best is None:
-            raise cost.out_of_reach(active)
-        active[best[1]] = best[2]
+            closed_up = {name: _closed_up(bits, scores[name]) for name, bits in active.items()}
+            if cost.total(closed_up) >= total:
+                raise cost.out_of_reach(active)
+            active = closed_up
+        else:
+            active[best[1]] = best[2]
         total = cost.total(active)
 
     while True:
@@ -221,6 +226,16 @@ def repair(active: ActiveSets, scores: dict[str, dict[int, float]], cost: Cost) 
         _, name, bit = max(candidates)
         active[name] |= {bit}
         total = cost.total(active)
+
+
+def _closed_up(bits: frozenset[int], scores: dict[int, float]) -> frozenset[int]:
+    """As many bits in one run, with the highest scores: what gaps cost is saved where no bit can be spared."""
+    windows = (frozenset(range(low, low + len(bits))) for low in scores)
+    return max(
+        (window for window in windows if window <= scores.keys()),
+        key=lambda window: sum(scores[bit] for bit in window),
+        default=bits,
+    )
 
 
 def _reductions(bits: frozenset[int], minimum: int) -> Iterable[frozenset[int]]:

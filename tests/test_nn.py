@@ -262,9 +262,6 @@ def test_embedding_refuses_in_place_options():
     assert not table.bit_logits.requires_grad and table.n_bits == 6
 
 
-# --- prepare_ -------------------------------------------------------------------------------------------------------
-
-
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -373,9 +370,6 @@ def test_param_groups_never_decay_logits():
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
 
 
-# --- activation quantizers ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["lsq", "pact"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("signed", [False, True])
@@ -420,9 +414,6 @@ def test_quantized_input_of_a_layer():
     model(torch.randn(16, 8))
     assert model[0].input_quantizer.calibrated
     assert type(model[0].to_float()) is nn.Linear
-
-
-# --- compile --------------------------------------------------------------------------------------------------------
 
 
 def test_compiled_once_over_a_temperature_schedule():

@@ -199,6 +199,15 @@ def test_repair_always_meets_the_budget(seed, budget):
             assert cost.total({**scheme, name: bits | {bit}}) > cost.limit, "a bit would still fit"
 
 
+def test_repair_closes_gaps_where_no_bit_can_be_spared():
+    model = build(min_bits=2)
+    for layer in csq_layers(model).values():
+        with torch.no_grad():
+            layer.gate_logits.copy_(torch.tensor([1.0, -1, -1, 2, -1, -1, -1, -1]))
+    report = csq.finalize_(model, budget="3 bits")
+    assert report.budget_met and all(row.paper_bits == 2 and row.stored_bits == 3 for row in report.layers)
+
+
 def test_repair_closes_what_is_wanted_least():
     model = build()
     layers = csq_layers(model)

@@ -6,19 +6,13 @@ import torch
 from torch import Tensor
 
 from csq_kernels import _native, reference
-from csq_kernels.backends.layout import channel_layout
+from csq_kernels.backends.layout import DTYPES, as_vector, channel_layout
 
 if _native.module is None:
     raise ImportError(_native.reason)
 _C = _native.module
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HUGE_PAGES_FROM = 4 << 20  # bytes; such a range holds at least one whole page of 2 MiB
-
-
-def _vector(values: Tensor) -> Tensor:
-    """The values as the kernels read them; the tensor itself when nothing needs to change."""
-    return values.to(torch.float32).contiguous()
 
 
 def _new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -49,7 +43,7 @@ def reconstruct(
     if weight.numel() == 0:
         return weight
     logits = bit_logits.contiguous()
-    gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+    gate_values, scale_values, beta = as_vector(gate_logits), as_vector(scale), as_vector(temperature)
     _C.reconstruct_forward(
         logits.data_ptr(),
         gate_values.data_ptr(),
@@ -91,7 +85,7 @@ def reconstruct_backward(
         return grad_bits, grad_gates.zero_().to(gate_logits.dtype), grad_scale.zero_().to(scale.dtype)
     grad = grad_weight.to(bit_logits.dtype).contiguous()
     logits = bit_logits.contiguous()
-    gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+    gate_values, scale_values, beta = as_vector(gate_logits), as_vector(scale), as_vector(temperature)
     layout = channel_layout(grad_weight.shape, gate_logits, scale, channel_axis)
     scratch = torch.empty(_C.reconstruct_scratch_size(*layout, len(bits)), dtype=torch.float64)
     _C.reconstruct_backward(

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from csq_kernels import _native, reference
-from csq_kernels.backends.layout import channel_layout
+from csq_kernels.backends.layout import DTYPES, as_vector, channel_layout
 
 if _native.module is None:
     raise ImportError(_native.reason)
 _C = _native.module
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def _vector(values: Tensor) -> Tensor:
-    """The values as the kernels read them; the tensor itself when nothing needs to change."""
-    return values.to(torch.float32).contiguous()
 
 
 def reconstruct(
@@ -43,7 +36,7 @@ def reconstruct(
         return weight
     with torch.cuda.device(bit_logits.device):
         logits = bit_logits.contiguous()
-        gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+        gate_values, scale_values, beta = as_vector(gate_logits), as_vector(scale), as_vector(temperature)
         _C.cuda_reconstruct_forward(
             logits.data_ptr(),
             gate_values.data_ptr(),
@@ -87,7 +80,7 @@ def reconstruct_backward(
     with torch.cuda.device(bit_logits.device):
         grad = grad_weight.to(bit_logits.dtype).contiguous()
         logits = bit_logits.contiguous()
-        gate_values, scale_values, beta = _vector(gate_logits), _vector(scale), _vector(temperature)
+        gate_values, scale_values, beta = as_vector(gate_logits), as_vector(scale), as_vector(temperature)
         scratch_size = _C.cuda_reconstruct_scratch_size(*layout, len(bits))
         scratch = bit_logits.new_empty((scratch_size,), dtype=torch.float64)
         _C.cuda_reconstruct_backward(

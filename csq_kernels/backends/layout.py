@@ -1,9 +1,18 @@
-"""How every backend sees a weight: ``[outer, channels, inner]``."""
+"""How the kernels see tensors: a weight as ``[outer, channels, inner]``, small ones as float32 vectors."""
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+# Names of the logit dtypes in the native module; it has no float64.
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def as_vector(values: Tensor) -> Tensor:
+    """The values as the kernels read them; the tensor itself when nothing needs to change."""
+    return values.to(torch.float32).contiguous()
 
 
 def channel_layout(

@@ -114,8 +114,6 @@ class CSQLayer(nn.Module):
         super().__init__(*args, **kwargs)
         self._adopt(Config(**options))
 
-    # --- conversion -------------------------------------------------------------------------------------------------
-
     @classmethod
     def from_float(cls, layer: nn.Module, **options):
         """Return a CSQ copy of a float layer, with its weights, hooks, device, dtype and ``requires_grad``.
@@ -209,8 +207,6 @@ class CSQLayer(nn.Module):
         logits = encode(wide, scale, bits, gates, temperature, self.n_bits, self.channel_axis)
         return {"bit_logits": logits.to(weight.dtype), "scale": scale}
 
-    # --- the weight -------------------------------------------------------------------------------------------------
-
     @property
     def weight(self) -> Tensor:
         """The weight of equation (3), or of (7) once hard: computed at each access, differentiable, not a parameter."""
@@ -267,8 +263,6 @@ class CSQLayer(nn.Module):
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         return super().forward(input, *args, **kwargs)
-
-    # --- stages -----------------------------------------------------------------------------------------------------
 
     def active_bits(self) -> tuple[int, ...]:
         """Exponents in use, increasing: gates ``u > 0`` (of any channel), or what the codes use once hard."""
@@ -393,8 +387,6 @@ class CSQLayer(nn.Module):
         if stage == "hard":
             self.codes = torch.empty(weight_shape, dtype=self._code_dtype(), device=self.bit_logits.device)
         self.stage, self.bits = stage, bits
-
-    # --- state ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([_STATE_VERSION, STAGES.index(self.stage), self.n_bits, *self.bits])
