@@ -14,7 +14,7 @@ reason: str | None = None
 try:
     module = importlib.import_module("csq_kernels._C")
 except ModuleNotFoundError as error:
-    reason = f"the native module was not built: {error}"
+    reason = f"the native module was not built: {error}; pip install -v shows why"
     source = Path(__file__).resolve().parents[1]
     if (source / "setup.py").exists():
         reason += f"; {source} holds sources: start Python elsewhere, or build in place with pip install -e ."
