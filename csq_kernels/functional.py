@@ -72,3 +72,168 @@ def reconstruct(
     bits = list(range(planes)) if bits is None else list(bits)
     n_bits = planes if n_bits is None else n_bits
     return _Reconstruct.apply(bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates)
+
+
+def _serves_directly(input: Tensor) -> bool:
+    """Whether an eager call may go straight to its backend: the dispatcher alone costs more than a small layer."""
+    return type(input) is Tensor and input.device.type in backends.DEVICES and not torch.compiler.is_compiling()
+
+
+def _forward(op: str, input: Tensor, *arguments) -> Tensor:
+    if _serves_directly(input):
+        return backends.serve(op, input.device.type)(input, *arguments)
+    return getattr(torch.ops.csq, op).default(input, *arguments)
+
+
+class _BitserialLinear(torch.autograd.Function):
+    """The packed weight is constant; the quantization of the input passes gradients as if it were the identity."""
+
+    @staticmethod
+    def forward(ctx, input, planes, step, bias, coefficients, weight_shape, precision):
+        ctx.save_for_backward(planes, step)
+        ctx.constants = (coefficients, weight_shape)
+        ctx.bias = None if bias is None else bias.dtype
+        return _forward("bitserial_linear", input, planes, step, bias, coefficients, weight_shape, precision)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = bitserial_weight(*ctx.saved_tensors, *ctx.constants)
+            grad_input = grad @ weight.to(grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias)
+        return grad_input, None, None, grad_bias, None, None, None
+
+
+class _BitserialConv2d(torch.autograd.Function):
+    """As ``_BitserialLinear``."""
+
+    @staticmethod
+    def forward(ctx, input, planes, step, bias, coefficients, weight_shape, *constants):
+        ctx.save_for_backward(planes, step)
+        ctx.constants = (coefficients, weight_shape, input.shape, constants[:-1])
+        ctx.bias = None if bias is None else bias.dtype
+        return _forward("bitserial_conv2d", input, planes, step, bias, coefficients, weight_shape, *constants)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        coefficients, weight_shape, input_shape, options = ctx.constants
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = bitserial_weight(*ctx.saved_tensors, coefficients, weight_shape).to(grad.dtype)
+            grad_input = torch.nn.grad.conv2d_input(input_shape, weight, grad, *options)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum((0, 2, 3)).to(ctx.bias)
+        return grad_input, None, None, grad_bias, *[None] * 7
+
+
+def _differentiable(input: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def bitserial_linear(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None = None,
+    *,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    precision: str = "exact",
+) -> Tensor:
+    """Product with a packed weight, ``y = x W^T + bias`` with ``W = step * sum_j k_j B_j``: equation (7) as stored.
+
+    Its time and memory fall with the number of planes. Differentiable in the input and the bias; the weight is constant.
+
+    Args:
+        input: ``(..., K)``, any floating dtype; the kernels compute from float32.
+        planes: ``(k, ceil(N K / 8))`` uint8 as ``bitplanes.encode`` makes them, or in the order of ``backends.tile``.
+        step: ``s / (2^n - 1)``, float32, ``()`` or ``(N,)``.
+        bias: float32 ``(N,)``.
+        coefficients: ``k_j``, most significant first.
+        weight_shape: ``(N, K)``.
+        precision: ``"exact"``, the error of a float32 product; ``"high"``, the input in 16 bits; ``"int8"``, in 8. The
+            integers have a step for each 128 columns.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``input``.
+
+    Raises:
+        ValueError, TypeError: a shape, size, device or dtype does not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from csq_kernels import bitplanes
+        >>> planes, coefficients = bitplanes.encode(torch.tensor([[3, -1], [0, 2]]))
+        >>> bitserial_linear(
+        ...     torch.ones(1, 2), planes, torch.tensor(0.5), coefficients=coefficients, weight_shape=(2, 2)
+        ... )
+        tensor([[1., 1.]])
+    """
+    packed = (input, planes, step, bias, list(coefficients), list(weight_shape), precision)
+    if _differentiable(input, bias):
+        return _BitserialLinear.apply(*packed)
+    return _forward("bitserial_linear", *packed)
+
+
+def bitserial_conv2d(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None = None,
+    *,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    precision: str = "exact",
+) -> Tensor:
+    """Convolution with a packed weight; arguments as in ``bitserial_linear`` and ``torch.nn.functional.conv2d``.
+
+    With ``"high"`` and ``"int8"`` the input has one step for each sample.
+
+    Args:
+        input: ``(batch, C, H, W)``.
+        weight_shape: ``(N, C / groups, kernel height, kernel width)``.
+
+    Returns:
+        ``(batch, N, H', W')`` in the dtype of ``input``.
+
+    Raises:
+        ValueError, TypeError: a shape, size, device or dtype does not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from csq_kernels import bitplanes
+        >>> planes, coefficients = bitplanes.encode(torch.ones(1, 1, 2, 2, dtype=torch.int32))
+        >>> bitserial_conv2d(
+        ...     torch.ones(1, 1, 3, 3), planes, torch.tensor(0.5), coefficients=coefficients, weight_shape=(1, 1, 2, 2)
+        ... )
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+    packed = (input, planes, step, bias, list(coefficients), list(weight_shape))
+    constants = (list(stride), list(padding), list(dilation), groups, precision)
+    if _differentiable(input, bias):
+        return _BitserialConv2d.apply(*packed, *constants)
+    return _forward("bitserial_conv2d", *packed, *constants)
+
+
+def bitserial_weight(
+    planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int = 0
+) -> Tensor:
+    """The float32 weight of equation (7) that packed planes stand for, bit for bit; arguments as in ``bitserial_linear``.
+
+    Example:
+        >>> import torch
+        >>> from csq_kernels import bitplanes
+        >>> planes, coefficients = bitplanes.encode(torch.tensor([[3, -1], [0, 2]]))
+        >>> bitserial_weight(planes, torch.tensor(0.5), coefficients, (2, 2)).tolist()
+        [[1.5, -0.5], [0.0, 1.0]]
+    """
+    return _forward("bitserial_weight", planes, step, list(coefficients), list(weight_shape), channel_axis)

@@ -1,5 +1,5 @@
-"""Equations (1) to (7) in plain PyTorch with one tensor per bit, any floating dtype, exact enough in float64 to judge
-the rest.
+"""Equations (1) to (7), and the products with packed weights, in plain PyTorch: exact enough in float64 to judge the
+rest.
 
 The order of the arithmetic is part of the contract: the powers of two multiply first and the step ``s / (2^n - 1)``
 last, so that a weight whose bits are all decided equals ``hard_weight`` bit for bit.
@@ -8,7 +8,16 @@ last, so that a weight whose bits are all decided equals ``hard_weight`` bit for
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from csq_kernels import bitplanes
+
+# Columns of a packed linear layer that share one step of the quantized input, and how many of them a table serves.
+BLOCK, GROUP = 128, 4
+# Largest magnitude of a quantized input, and of the sum over a group before rounding, by precision.
+INPUT_LIMITS = {"int8": (127, 253), "high": (32639, 65533)}
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def along_channel(values: Tensor, weight_ndim: int, channel_axis: int) -> Tensor:
@@ -117,3 +126,99 @@ def hard_weight(codes: Tensor, scale: Tensor, n_bits: int, channel_axis: int) ->
     """Equation (7): ``W = s z / (2^n - 1)``, one rounding for the step and one for the product; dtype of ``scale``."""
     step = along_channel(scale / (2.0**n_bits - 1), codes.ndim, channel_axis)
     return codes.to(scale.dtype) * step
+
+
+def quantize(values: Tensor, precision: str, grouped: bool) -> tuple[Tensor, Tensor]:
+    """The integers and the step of an input as ``int8`` and ``high`` define them, whichever kernel computes.
+
+    One step for the last axis: ``max(max |x| / limit, max over groups of 4 of sum |x| / group limit)``, the second only
+    where ``grouped``; with it the sums over any part of a group fit 8 (16) bits. ``q = round(x / step)``, half to even.
+    A slice whose step is below the normal numbers is 0; one with an infinity or a NaN has step NaN.
+
+    Args:
+        values: float32 ``(..., length)``; ``length`` a multiple of 4 where ``grouped``.
+        precision: ``int8`` or ``high``.
+
+    Returns:
+        q, float32 with integer values, of the shape of ``values``; the step ``(..., 1)``.
+    """
+    limit, group_limit = INPUT_LIMITS[precision]
+    size = values.abs()
+    step = size.amax(-1, keepdim=True) / limit
+    if grouped:
+        groups = size.unflatten(-1, (-1, GROUP)).sum(-1)
+        step = torch.maximum(step, groups.amax(-1, keepdim=True) / group_limit)
+    step = torch.where(size.isfinite().all(-1, keepdim=True), step, torch.nan)
+    step = torch.where(step < _SMALLEST_NORMAL, 0.0, step)
+    usable = step > 0
+    return torch.where(usable, (values * (1 / torch.where(usable, step, 1.0))).round(), 0.0), step
+
+
+def _dequantized(values: Tensor, precision: str, grouped: bool) -> Tensor:
+    """What the kernels multiply with: the quantized input, back in its unit, in float64."""
+    codes, step = quantize(values.float(), precision, grouped)
+    return codes.double() * step.double()
+
+
+def _with_bias(output: Tensor, bias: Tensor | None, trailing_axes: int, dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        output = output + bias.to(output.dtype).view(-1, *[1] * trailing_axes)
+    return output.to(dtype)
+
+
+def bitserial_linear(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    precision: str,
+) -> Tensor:
+    """``input @ W.T + bias`` with ``W = step * z``; planes in canonical order, the rest as in ``_ops``.
+
+    ``exact`` is PyTorch's own product in the dtype of the input, or float32 if that is narrower. Otherwise the input is
+    quantized in blocks of 128 columns (``quantize``), and only float64 roundings come after that.
+    """
+    if precision == "exact":
+        dtype = _working_dtype(input.dtype)
+        weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
+        return _with_bias(F.linear(input.to(dtype), weight), bias, 0, input.dtype)
+    rows, columns = weight_shape
+    blocks = F.pad(input, (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
+    quantized = _dequantized(blocks, precision, grouped=True).flatten(-2)[..., :columns]
+    codes = bitplanes.decode(planes, coefficients, weight_shape)
+    return _with_bias(F.linear(quantized, codes.double()) * step.double(), bias, 0, input.dtype)
+
+
+def bitserial_conv2d(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+) -> Tensor:
+    """``conv2d`` with ``W = step * z``, zeros around the input; as ``bitserial_linear``, with one step per sample."""
+    options = (None, list(stride), list(padding), list(dilation), groups)
+    if precision == "exact":
+        dtype = _working_dtype(input.dtype)
+        weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
+        return _with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)
+    quantized = _dequantized(input.flatten(1), precision, grouped=False).view(input.shape)
+    codes = bitplanes.decode(planes, coefficients, weight_shape)
+    output = F.conv2d(quantized, codes.double(), *options) * along_channel(step.double(), 3, 0)
+    return _with_bias(output, bias, 2, input.dtype)
+
+
+def bitserial_weight(
+    planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
+) -> Tensor:
+    """Equation (7): ``W = step * z``, float32, one rounding a weight."""
+    codes = bitplanes.decode(planes, coefficients, weight_shape)
+    return codes.to(step.dtype) * along_channel(step, len(weight_shape), channel_axis)

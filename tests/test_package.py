@@ -20,7 +20,8 @@ PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"_ops", "_native"},
+    {"bitplanes", "_native"},
+    {"_ops"},
     {"reference", "backends"},
     {"functional"},
     {"nn"},

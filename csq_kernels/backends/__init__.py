@@ -4,7 +4,8 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,7 +21,7 @@ if FORCED is not None and FORCED not in BACKENDS:
     raise ValueError(f"expected CSQ_BACKEND as one of {', '.join(BACKENDS)}, got {FORCED!r}")
 
 
-# Position of the temperature among the arguments.
+# Position of the temperature among the arguments of the ops that have one.
 _TEMPERATURE = {"reconstruct": 3, "reconstruct_backward": 4}
 
 
@@ -38,27 +39,34 @@ class Choice:
     missing: tuple[str, ...]
 
 
+def _module(op: str, backend: str) -> types.ModuleType:
+    """The module of ``backend`` for the family of ``op``, such as ``cpu_reconstruct``."""
+    if backend == "reference":
+        return reference
+    if backend in ("cpu", "cuda"):
+        if _native.module is None:
+            raise Unavailable(_native.reason)
+        if backend == "cuda" and not _native.module.cuda_architectures:
+            raise Unavailable("the native module was built without CUDA")
+    name = f"{__name__}.{backend}_{op.partition('_')[0]}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise Unavailable(f"backend {backend} does not implement {op}") from None
+        raise Unavailable(f"backend {backend} needs the package {error.name}, which is not installed") from error
+
+
 def implementation(op: str, backend: str) -> Callable:
     """Return the function of ``backend`` that computes ``op``; it has the signature of its twin in ``reference``.
 
     Raises:
         Unavailable: the backend does not exist on this machine; the message says why.
     """
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend in ("cpu", "cuda"):
-        if _native.module is None:
-            raise Unavailable(_native.reason)
-        if backend == "cuda" and not _native.module.cuda_architectures:
-            raise Unavailable("the native module was built without CUDA")
-    name = "triton_reconstruct" if backend == "triton" else backend
-    try:
-        module = importlib.import_module(f"csq_kernels.backends.{name}")
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"backend {backend} needs the package {error.name}, which is not installed") from error
-    if not hasattr(module, op):
+    function = getattr(_module(op, backend), op, None)
+    if function is None:
         raise Unavailable(f"backend {backend} does not implement {op}")
-    return getattr(module, op)
+    return function
 
 
 @functools.cache
@@ -75,6 +83,25 @@ def choose(op: str, device: str) -> tuple[Choice, Callable]:
     raise Unavailable(f"CSQ_BACKEND={FORCED} cannot serve {op} on {device}: {'; '.join(missing)}")
 
 
+def tile(op: str, planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
+    """Canonical planes in the order that ``op`` reads on their device; themselves where it reads them as they are."""
+    return _reorder("tile", op, planes, coefficients, weight_shape)
+
+
+def untile(op: str, planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
+    """The canonical planes of which ``tile`` made ``planes``."""
+    return planes if planes.ndim == 2 else _reorder("untile", op, planes, coefficients, weight_shape)
+
+
+def _reorder(direction: str, op: str, planes: Tensor, *weight) -> Tensor:
+    device = planes.device.type
+    if device not in DEVICES:
+        return planes
+    module = _module(op, choose(op, device)[0].backend)
+    function = getattr(module, f"{op}_{direction}", None)
+    return planes if function is None else function(planes, *weight)
+
+
 def choices() -> list[Choice]:
     """Return the choice for every op and device; what ``csq info`` prints."""
     return [choose(op, device)[0] for op in SCHEMAS for device in DEVICES]
@@ -87,20 +114,24 @@ def _check_temperature(temperature: Tensor) -> None:
         raise ValueError(f"expected temperature to be positive and finite, got {value}")
 
 
-def _serve(op: str, device: str | None) -> Callable:
-    """Check, then compute with what was chosen for ``device``, or with the reference on any other device."""
+@functools.cache
+def serve(op: str, device: str | None) -> Callable:
+    """The function that checks, then computes with what was chosen for ``device``, or with the reference on any other.
+
+    It is what the dispatcher calls; an eager caller may call it at once.
+    """
     check = CHECKS[op]
 
-    def serve(*args):
+    def served(*args):
         check(*args)
-        if device == "cpu":
+        if device == "cpu" and op in _TEMPERATURE:
             _check_temperature(args[_TEMPERATURE[op]])
         function = getattr(reference, op) if device is None else choose(op, device)[1]
         return function(*args)
 
-    return serve
+    return served
 
 
 for _op in SCHEMAS:
     for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA"), (None, "CompositeExplicitAutograd")):
-        library.impl(_op, _serve(_op, _device), _key)
+        library.impl(_op, serve(_op, _device), _key)
