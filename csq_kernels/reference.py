@@ -146,7 +146,8 @@ def quantize(values: Tensor, precision: str, grouped: bool) -> tuple[Tensor, Ten
     size = values.abs()
     step = size.amax(-1, keepdim=True) / limit
     if grouped:
-        groups = size.unflatten(-1, (-1, GROUP)).sum(-1)
+        # In pairs: sums of two do not depend on who adds.
+        groups = size.unflatten(-1, (-1, GROUP // 2, 2)).sum(-1).sum(-1)
         step = torch.maximum(step, groups.amax(-1, keepdim=True) / group_limit)
     step = torch.where(size.isfinite().all(-1, keepdim=True), step, torch.nan)
     step = torch.where(step < _SMALLEST_NORMAL, 0.0, step)
@@ -160,7 +161,8 @@ def _dequantized(values: Tensor, precision: str, grouped: bool) -> Tensor:
     return codes.double() * step.double()
 
 
-def _with_bias(output: Tensor, bias: Tensor | None, trailing_axes: int, dtype: torch.dtype) -> Tensor:
+def with_bias(output: Tensor, bias: Tensor | None, trailing_axes: int, dtype: torch.dtype) -> Tensor:
+    """``output + bias`` along the channels, which ``trailing_axes`` axes follow, in ``dtype``."""
     if bias is not None:
         output = output + bias.to(output.dtype).view(-1, *[1] * trailing_axes)
     return output.to(dtype)
@@ -183,12 +185,12 @@ def bitserial_linear(
     if precision == "exact":
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
-        return _with_bias(F.linear(input.to(dtype), weight), bias, 0, input.dtype)
+        return with_bias(F.linear(input.to(dtype), weight), bias, 0, input.dtype)
     rows, columns = weight_shape
     blocks = F.pad(input, (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
     quantized = _dequantized(blocks, precision, grouped=True).flatten(-2)[..., :columns]
     codes = bitplanes.decode(planes, coefficients, weight_shape)
-    return _with_bias(F.linear(quantized, codes.double()) * step.double(), bias, 0, input.dtype)
+    return with_bias(F.linear(quantized, codes.double()) * step.double(), bias, 0, input.dtype)
 
 
 def bitserial_conv2d(
@@ -209,11 +211,11 @@ def bitserial_conv2d(
     if precision == "exact":
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
-        return _with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)
+        return with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)
     quantized = _dequantized(input.flatten(1), precision, grouped=False).view(input.shape)
     codes = bitplanes.decode(planes, coefficients, weight_shape)
     output = F.conv2d(quantized, codes.double(), *options) * along_channel(step.double(), 3, 0)
-    return _with_bias(output, bias, 2, input.dtype)
+    return with_bias(output, bias, 2, input.dtype)
 
 
 def bitserial_weight(

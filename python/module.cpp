@@ -54,5 +54,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("advise_huge_pages", &csq::cpu::advise_huge_pages,
           "Ask for large pages under memory that was allocated and not touched yet.", py::arg("address"),
           py::arg("bytes"));
+    m.def("read_bandwidth_pass", &csq::cpu::read_pass, py::call_guard<py::gil_scoped_release>(),
+          "Read memory once, as fast as it comes, and return a sum of what was read.", py::arg("address"),
+          py::arg("bytes"), py::arg("threads"));
+    csq::python::bind_bitserial(m);
     csq::python::bind_reconstruct(m);
 }

@@ -7,20 +7,11 @@ from torch import Tensor
 
 from csq_kernels import _native, reference
 from csq_kernels.backends.layout import DTYPES, as_vector, channel_layout
+from csq_kernels.backends.memory import new_empty
 
 if _native.module is None:
     raise ImportError(_native.reason)
 _C = _native.module
-
-HUGE_PAGES_FROM = 4 << 20  # bytes; such a range holds at least one whole page of 2 MiB
-
-
-def _new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """As ``like.new_empty(shape)``; a large one is fresh memory, whose first touch would cost more than the kernel."""
-    tensor = like.new_empty(shape)
-    if tensor.nbytes >= HUGE_PAGES_FROM:
-        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 def reconstruct(
@@ -39,7 +30,7 @@ def reconstruct(
             bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
         )
     weight_shape = bit_logits.shape[2:]
-    weight = _new_empty(bit_logits, weight_shape)
+    weight = new_empty(bit_logits, weight_shape)
     if weight.numel() == 0:
         return weight
     logits = bit_logits.contiguous()
@@ -78,7 +69,7 @@ def reconstruct_backward(
         return reference.reconstruct_backward(
             grad_weight, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
         )
-    grad_bits = _new_empty(bit_logits, bit_logits.shape)
+    grad_bits = new_empty(bit_logits, bit_logits.shape)
     grad_gates = gate_logits.new_empty(gate_logits.shape, dtype=torch.float32)
     grad_scale = scale.new_empty(scale.shape, dtype=torch.float32)
     if grad_weight.numel() == 0:

@@ -14,9 +14,11 @@ constexpr int64_t kParallelBits = 32768;
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 Isa best_isa() {
-    if (isa_supported(Isa::avx512)) return Isa::avx512;
-    if (isa_supported(Isa::avx2)) return Isa::avx2;
-    return Isa::scalar;
+    Isa best = Isa::scalar;
+    for (const Isa isa : kIsas) {
+        if (isa_supported(isa)) best = isa;
+    }
+    return best;
 }
 
 std::atomic<Isa>& chosen_isa() {
@@ -28,6 +30,7 @@ const ReconstructKernels& kernels() {
     switch (current_isa()) {
 #if CSQ_X86
         case Isa::avx512:
+        case Isa::avx512_vnni:
             return kAvx512Kernels;
         case Isa::avx2:
             return kAvx2Kernels;
@@ -93,6 +96,8 @@ void finish(const ReconstructParams& a, const ReconstructGradients& g, const dou
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::avx512_vnni:
+            return "avx512_vnni";
         case Isa::avx512:
             return "avx512";
         case Isa::avx2:
@@ -107,10 +112,10 @@ bool isa_supported(Isa isa) {
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == Isa::avx2) return fma && __builtin_cpu_supports("avx2");
-    if (isa == Isa::avx512) {
-        return fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
+    const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == Isa::avx512) return wide;
+    if (isa == Isa::avx512_vnni) return wide && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == Isa::scalar;
 }

@@ -3,8 +3,9 @@
 
 namespace csq::cpu {
 
-enum class Isa { scalar, avx2, avx512 };
-constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+// avx512_vnni: avx512 and byte products with sums of 32 bits.
+enum class Isa { scalar, avx2, avx512, avx512_vnni };
+constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_vnni};
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

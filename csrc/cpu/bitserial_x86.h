@@ -1,0 +1,630 @@
+// The parts of a product with packed weights for x86, written once over a vector type V. Included inside a target region
+// and inside an anonymous namespace, after V, by one source file for each instruction set.
+
+// Bytes ahead that the stream of planes is asked for; measured: without it a core reads a third less.
+constexpr int kPrefetch = 2048;
+
+inline float sum_to_float(__m256 x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+inline float max_to_float(__m256 x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+inline int32_t sum_to_int(__m256i x) {
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+
+inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+// The upper and the lower byte of q, both rounded to signed ones; q - 256 * upper is the lower.
+inline __m256i upper_byte(__m256i q) { return _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8); }
+inline __m256i lower_byte(__m256i q, __m256i upper) { return _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8)); }
+
+inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+void quantize(const float* x, int count, InputBlock& block) {
+    const bool two = block.limbs[1] != nullptr;
+    const Precision precision = two ? Precision::high : Precision::int8;
+    alignas(32) float padded[kTileColumns];
+    if (count < kTileColumns) {
+        std::fill(std::copy_n(x, count, padded), padded + kTileColumns, 0.0f);
+        x = padded;
+    }
+    __m256 most = _mm256_setzero_ps(), most_of_groups = most, not_finite = most;
+    for (int i = 0; i < kTileColumns; i += 32) {
+        __m256 v[4];
+        for (int j = 0; j < 4; ++j) {
+            v[j] = _mm256_loadu_ps(x + i + 8 * j);
+            not_finite = _mm256_add_ps(not_finite, _mm256_mul_ps(v[j], _mm256_setzero_ps()));
+            v[j] = magnitude(v[j]);
+            most = _mm256_max_ps(most, v[j]);
+        }
+        const __m256 groups = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        most_of_groups = _mm256_max_ps(most_of_groups, groups);
+    }
+    float step = std::max(max_to_float(most) / input_limit(precision),
+                          max_to_float(most_of_groups) / group_limit(precision));
+    if (sum_to_float(not_finite) != 0.0f) step = std::numeric_limits<float>::quiet_NaN();
+    if (step < std::numeric_limits<float>::min()) step = 0.0f;
+    block.step = step;
+    const __m256 inverse = _mm256_set1_ps(step > 0.0f ? 1.0f / step : 0.0f);
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int i = 0; i < kTileColumns; i += 32) {
+        __m256i upper[4], lower[4];
+        for (int j = 0; j < 4; ++j) {
+            __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            if (!(step > 0.0f)) v = _mm256_setzero_ps();
+            const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse));
+            upper[j] = two ? upper_byte(q) : q;
+            lower[j] = lower_byte(q, upper[j]);
+            sums[0] = _mm256_add_epi32(sums[0], upper[j]);
+            sums[1] = _mm256_add_epi32(sums[1], lower[j]);
+        }
+        const auto store = [&](int8_t* limb, const __m256i* q) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(limb + i), narrow(q[0], q[1], q[2], q[3]));
+        };
+        store(block.limbs[0], upper);
+        if (two) store(block.limbs[1], lower);
+    }
+    for (int limb = 0; limb < 2; ++limb) block.sums[limb] = sum_to_int(sums[limb]);
+}
+
+inline void store_table(uint8_t* to, __m128i table) {
+    for (int copy = 0; copy < V::table_copies; ++copy) _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + copy, table);
+}
+
+void fill_tables(const InputBlock& block, uint8_t* tables, TableBlock& description) {
+    constexpr int kTable = 16 * V::table_copies;
+    const bool two = block.limbs[1] != nullptr;
+    description.step = block.step;
+    description.sum = two ? int64_t{256} * block.sums[0] + block.sums[1] : block.sums[0];
+    description.smallest = 0;
+    if (!two) {
+        const __m128i index = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m128i has[4];
+        for (int c = 0; c < kGroup; ++c) {
+            const __m128i bit = _mm_set1_epi8(static_cast<char>(1 << c));
+            has[c] = _mm_cmpeq_epi8(_mm_and_si128(index, bit), bit);
+        }
+        for (int g = 0; g < kGroups; ++g) {
+            int32_t word;
+            std::memcpy(&word, block.limbs[0] + kGroup * g, sizeof word);
+            const __m128i q = _mm_cvtsi32_si128(word);
+            // Sums modulo 256: the results fit a byte, whatever happens on the way.
+            __m128i table = _mm_setzero_si128();
+            for (int c = 0; c < kGroup; ++c) {
+                const __m128i value = _mm_shuffle_epi8(q, _mm_set1_epi8(static_cast<char>(c)));
+                table = _mm_add_epi8(table, _mm_and_si128(value, has[c]));
+            }
+            int smallest = 0;
+            for (int c = 0; c < kGroup; ++c) smallest += std::min<int>(0, block.limbs[0][kGroup * g + c]);
+            description.smallest += smallest;
+            table = _mm_sub_epi8(table, _mm_set1_epi8(static_cast<char>(smallest)));
+            store_table(tables + g * kTable, table);
+        }
+        return;
+    }
+    const __m256i index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m256i has[4];
+    for (int c = 0; c < kGroup; ++c) {
+        const __m256i bit = _mm256_set1_epi16(static_cast<int16_t>(1 << c));
+        has[c] = _mm256_cmpeq_epi16(_mm256_and_si256(index, bit), bit);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+        int smallest = 0;
+        __m256i sums = _mm256_setzero_si256();
+        for (int c = 0; c < kGroup; ++c) {
+            const int q = 256 * block.limbs[0][kGroup * g + c] + block.limbs[1][kGroup * g + c];
+            smallest += std::min(0, q);
+            sums = _mm256_add_epi16(sums, _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(q)), has[c]));
+        }
+        description.smallest += smallest;
+        sums = _mm256_sub_epi16(sums, _mm256_set1_epi16(static_cast<int16_t>(smallest)));
+        const __m256i both = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_srli_epi16(sums, 8), _mm256_and_si256(sums, _mm256_set1_epi16(255))), 0xd8);
+        uint8_t* pair = tables + (g / 2) * 4 * kTable + (g % 2) * kTable;
+        store_table(pair, _mm256_castsi256_si128(both));
+        store_table(pair + 2 * kTable, _mm256_extracti128_si256(both, 1));
+    }
+}
+
+// Sums of the look-ups of one plane of a tile, 16 bits a row: even bytes of the tile, odd bytes, for both nibbles.
+template <int T>
+struct PlaneSums {
+    __m256i even[T][2], odd[T][2];
+};
+
+template <int T>
+inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>& sums) {
+    using v = typename V::v;
+    constexpr int kVectors = static_cast<int>(kPlaneBytes / V::bytes);
+    const v nibble = V::set1(15);
+    v even[T][2], odd[T][2];
+    for (int t = 0; t < T; ++t) even[t][0] = even[t][1] = odd[t][0] = odd[t][1] = V::zero();
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; i += 2) {
+        for (int line = 0; line < 2 * V::bytes; line += 64) {
+            __builtin_prefetch(plane + i * V::bytes + line + kPrefetch);
+        }
+        v index[2][2];
+        for (int j = 0; j < 2; ++j) {
+            const v w = V::load(plane + (i + j) * V::bytes);
+            index[j][0] = V::and_(w, nibble);
+            index[j][1] = V::and_(V::template srl<4>(w), nibble);
+        }
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) {
+            const v table[2] = {V::template table<T>(tables, i, t), V::template table<T>(tables, i + 1, t)};
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                // The even bytes are what remains of the sum of 16-bit words once 256 times the odd ones is taken away.
+                const v a = V::shuffle(table[0], index[0][h]), b = V::shuffle(table[1], index[1][h]);
+                even[t][h] = V::add16(even[t][h], V::add16(a, b));
+                odd[t][h] = V::add16(odd[t][h], V::add16(V::template srl<8>(a), V::template srl<8>(b)));
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int h = 0; h < 2; ++h) {
+            sums.odd[t][h] = V::fold(odd[t][h]);
+            sums.even[t][h] = _mm256_sub_epi16(V::fold(even[t][h]), _mm256_slli_epi16(sums.odd[t][h], 8));
+        }
+    }
+}
+
+// One table entry is at most 255, so a plane's sum over a block fits 13 bits and planes whose exponents differ by at most
+// two are added up in 16.
+static_assert(kGroups * 255 * 7 <= 65535, "three planes in 16 bits");
+
+template <int T>
+void look_up_limbs(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, const uint8_t* tables,
+                   const TableBlock* descriptions, float* out) {
+    const int lowest = planes.exponents[planes.count - 1];
+    int64_t all = 0, offset = 0;
+    for (int p = 0; p < planes.count; ++p) {
+        const int64_t power = int64_t{1} << (planes.exponents[p] - lowest);
+        all += power;
+        if (planes.inverted[p]) offset += power;
+    }
+    __m256 total[8];
+    for (auto& vector : total) vector = _mm256_setzero_ps();
+    const __m256i zero = _mm256_setzero_si256();
+    for (int64_t block = 0; block < blocks; ++block, tables += kGroups * T * 16 * V::table_copies) {
+        __m256i wide[T][8];
+        for (int t = 0; t < T; ++t) {
+            for (auto& vector : wide[t]) vector = zero;
+        }
+        for (int p = 0, before = planes.exponents[0]; p < planes.count;) {
+            const int top = planes.exponents[p];
+            int last = top;
+            __m256i even[T][2], odd[T][2];
+            for (int t = 0; t < T; ++t) even[t][0] = even[t][1] = odd[t][0] = odd[t][1] = zero;
+            for (; p < planes.count && top - planes.exponents[p] <= 2; ++p, tiles += kPlaneBytes) {
+                PlaneSums<T> sums;
+                sum_plane<T>(tiles, tables, sums);
+                const __m128i shift = _mm_cvtsi32_si128(last - planes.exponents[p]);
+                last = planes.exponents[p];
+                for (int t = 0; t < T; ++t) {
+                    for (int h = 0; h < 2; ++h) {
+                        even[t][h] = _mm256_add_epi16(_mm256_sll_epi16(even[t][h], shift), sums.even[t][h]);
+                        odd[t][h] = _mm256_add_epi16(_mm256_sll_epi16(odd[t][h], shift), sums.odd[t][h]);
+                    }
+                }
+            }
+            const __m128i shift = _mm_cvtsi32_si128(before - last);
+            before = last;
+            for (int t = 0; t < T; ++t) {
+                for (int h = 0; h < 2; ++h) {
+                    const __m256i low = _mm256_unpacklo_epi16(even[t][h], odd[t][h]);
+                    const __m256i high = _mm256_unpackhi_epi16(even[t][h], odd[t][h]);
+                    const __m256i parts[4] = {_mm256_unpacklo_epi16(low, zero), _mm256_unpackhi_epi16(low, zero),
+                                              _mm256_unpacklo_epi16(high, zero), _mm256_unpackhi_epi16(high, zero)};
+                    for (int i = 0; i < 4; ++i) {
+                        auto& vector = wide[t][2 * i + h];
+                        vector = _mm256_add_epi32(_mm256_sll_epi32(vector, shift), parts[i]);
+                    }
+                }
+            }
+        }
+        const TableBlock& d = descriptions[block];
+        const int64_t correction = all * d.smallest - offset * d.sum;
+        const int64_t upper = T == 2 ? correction >> 8 : correction;
+        const __m256i corrections[2] = {_mm256_set1_epi32(static_cast<int32_t>(upper)),
+                                        _mm256_set1_epi32(static_cast<int32_t>(correction - 256 * upper))};
+        const __m256 step = _mm256_set1_ps(d.step);
+        for (int i = 0; i < 8; ++i) {
+            __m256 value = _mm256_cvtepi32_ps(_mm256_add_epi32(wide[0][i], corrections[0]));
+            if constexpr (T == 2) {
+                const __m256 lower = _mm256_cvtepi32_ps(_mm256_add_epi32(wide[1][i], corrections[1]));
+                value = _mm256_fmadd_ps(value, _mm256_set1_ps(256.0f), lower);
+            }
+            total[i] = _mm256_fmadd_ps(value, step, total[i]);
+        }
+    }
+    const __m256 unit = _mm256_set1_ps(static_cast<float>(1 << lowest));
+    for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(total[i], unit));
+}
+
+void look_up(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int limbs, const uint8_t* tables,
+             const TableBlock* descriptions, float* out) {
+    (limbs == 2 ? look_up_limbs<2> : look_up_limbs<1>)(tiles, planes, blocks, tables, descriptions, out);
+}
+
+// Spread `N` planes at positions 0..N-1 over 4 vectors, one for each column: both nibbles of a byte then hold one row's
+// bits. Two planes at a time trade the fields of odd columns, then two pairs do.
+template <int N>
+inline void spread(const uint8_t* const* planes, int64_t at, typename V::v* columns) {
+    using v = typename V::v;
+    const v m1 = V::set1(0x55), m2 = V::set1(0x33);
+    const auto merge1 = [&](const uint8_t* a_at, const uint8_t* b_at, v& even, v& odd) {
+        const v a = V::load(a_at + at), b = V::load(b_at + at);
+        even = V::or_(V::and_(a, m1), V::template sll<1>(V::and_(b, m1)));
+        odd = V::or_(V::and_(V::template srl<1>(a), m1), V::andnot(m1, b));
+    };
+    v even, odd;
+    if constexpr (N == 1) {
+        const v a = V::load(planes[0] + at);
+        even = V::and_(a, m1);
+        odd = V::and_(V::template srl<1>(a), m1);
+    } else {
+        merge1(planes[0], planes[1], even, odd);
+    }
+    if constexpr (N <= 2) {
+        columns[0] = V::and_(even, m2);
+        columns[1] = V::and_(odd, m2);
+        columns[2] = V::and_(V::template srl<2>(even), m2);
+        columns[3] = V::and_(V::template srl<2>(odd), m2);
+    } else {
+        v upper_even, upper_odd;
+        if constexpr (N == 3) {
+            const v a = V::load(planes[2] + at);
+            upper_even = V::and_(a, m1);
+            upper_odd = V::and_(V::template srl<1>(a), m1);
+        } else {
+            merge1(planes[2], planes[3], upper_even, upper_odd);
+        }
+        columns[0] = V::or_(V::and_(even, m2), V::template sll<2>(V::and_(upper_even, m2)));
+        columns[1] = V::or_(V::and_(odd, m2), V::template sll<2>(V::and_(upper_odd, m2)));
+        columns[2] = V::or_(V::and_(V::template srl<2>(even), m2), V::andnot(m2, upper_even));
+        columns[3] = V::or_(V::and_(V::template srl<2>(odd), m2), V::andnot(m2, upper_odd));
+    }
+}
+
+template <int N>
+void unpack_bits(const uint8_t* const* planes, int groups, uint8_t* panel) {
+    using v = typename V::v;
+    constexpr int kVectorGroups = V::bytes / static_cast<int>(kGroupBytes);
+    const v nibble = V::set1(15);
+    for (int g = 0; g < groups; g += kVectorGroups) {
+        const int64_t at = g * kGroupBytes;
+        for (const uint8_t* const* plane = planes; plane < planes + N; ++plane) {
+            for (int line = 0; line < V::bytes; line += 64) __builtin_prefetch(*plane + at + line + kPrefetch);
+        }
+        v low[4], first[4], second[4];
+        spread<(N < 4 ? N : 4)>(planes, at, low);
+        if constexpr (N <= 4) {
+            for (int c = 0; c < 4; ++c) {
+                first[c] = V::and_(low[c], nibble);
+                second[c] = V::and_(V::template srl<4>(low[c]), nibble);
+            }
+        } else {
+            v high[4];
+            spread<N - 4>(planes + 4, at, high);
+            for (int c = 0; c < 4; ++c) {
+                first[c] = V::or_(V::and_(low[c], nibble), V::template sll<4>(V::and_(high[c], nibble)));
+                second[c] = V::or_(V::and_(V::template srl<4>(low[c]), nibble), V::andnot(nibble, high[c]));
+            }
+        }
+        V::interleave(first, second, panel + g * kTileRows * kGroup);
+    }
+}
+
+void unpack(const uint8_t* tile, const Slice& slice, int groups, uint8_t* panel) {
+    alignas(64) static const uint8_t zeros[kPlaneBytes] = {};
+    const uint8_t* planes[8];
+    for (int position = 0; position < slice.bits; ++position) {
+        const int plane = slice.planes[position];
+        planes[position] = plane < 0 ? zeros : tile + plane * kPlaneBytes;
+    }
+    using Unpack = void (*)(const uint8_t* const*, int, uint8_t*);
+    constexpr Unpack by_bits[] = {unpack_bits<1>, unpack_bits<2>, unpack_bits<3>, unpack_bits<4>,
+                                  unpack_bits<5>, unpack_bits<6>, unpack_bits<7>, unpack_bits<8>};
+    by_bits[slice.bits - 1](planes, groups, panel);
+}
+
+inline int32_t word_at(const int8_t* address) {
+    int32_t word;
+    std::memcpy(&word, address, sizeof word);
+    return word;
+}
+
+// A block of R vectors of rows and M batch rows. S products of bytes are added up in 16 bits before they are widened;
+// 0: each is widened at once.
+template <int R, int M, int S>
+void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inputs, int64_t m0, int row,
+                    const Sums& to) {
+    using v = typename V::v;
+    constexpr int kLanes = V::bytes / 4;
+    const auto place = [&](int m, int r) { return (m0 + m) * kTileRows + row + r * kLanes; };
+    v sums[M][R];
+    const int8_t* bases[M];
+    for (int m = 0; m < M; ++m) {
+        bases[m] = inputs.bases[m0 + m];
+        for (int r = 0; r < R; ++r) {
+            sums[m][r] = to.totals != nullptr ? V::load_32(to.totals + place(m, r)) : V::set1_32(to.starts[m0 + m]);
+        }
+    }
+    const auto weights = [&](int g, int r) { return V::load(panel + g * kTileRows * kGroup + r * V::bytes); };
+    const auto input = [&](int g, int m) { return V::set1_32(word_at(bases[m] + inputs.offsets[g])); };
+    if constexpr (S == 0) {
+        for (int g = 0; g < groups; ++g) {
+            v w[R];
+            for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+            for (int m = 0; m < M; ++m) {
+                const v x = input(g, m);
+                for (int r = 0; r < R; ++r) sums[m][r] = V::dot(sums[m][r], w[r], x);
+            }
+        }
+    } else {
+        const v ones = V::set1_16(1);
+        for (int g0 = 0; g0 < groups; g0 += S) {
+            const int end = std::min(groups, g0 + S);
+            v narrow_sums[M][R];
+            for (int g = g0; g < end; ++g) {
+                v w[R];
+                for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+                for (int m = 0; m < M; ++m) {
+                    const v x = input(g, m);
+                    for (int r = 0; r < R; ++r) {
+                        const v product = V::maddubs(w[r], x);
+                        narrow_sums[m][r] = g == g0 ? product : V::add16(narrow_sums[m][r], product);
+                    }
+                }
+            }
+            for (int m = 0; m < M; ++m) {
+                for (int r = 0; r < R; ++r) sums[m][r] = V::add32(sums[m][r], V::madd(narrow_sums[m][r], ones));
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < R; ++r) {
+            if (to.totals != nullptr) {
+                V::store_32(to.totals + place(m, r), sums[m][r]);
+            } else {
+                V::add_scaled(to.out + place(m, r), to.factors[m0 + m], sums[m][r]);
+            }
+        }
+    }
+}
+
+template <int R, int M, int S>
+void multiply_rows(const uint8_t* panel, int groups, int64_t batch, const Inputs<int8_t>& inputs, int row,
+                   const Sums& to) {
+    panel += row * kGroup;
+    int64_t m = 0;
+    for (; m + M <= batch; m += M) multiply_block<R, M, S>(panel, groups, inputs, m, row, to);
+    for (; m + 2 <= batch; m += 2) multiply_block<R, 2, S>(panel, groups, inputs, m, row, to);
+    for (; m < batch; ++m) multiply_block<R, 1, S>(panel, groups, inputs, m, row, to);
+}
+
+template <int S>
+void multiply_bits(const uint8_t* panel, int groups, int row_vectors, int64_t batch, const Inputs<int8_t>& inputs,
+                   const Sums& to) {
+    constexpr int kLanes = V::bytes / 4;
+    const int rows = 16 * row_vectors;
+    int row = 0;
+    for (; row + V::rows * kLanes <= rows; row += V::rows * kLanes) {
+        multiply_rows<V::rows, V::batch, S>(panel, groups, batch, inputs, row, to);
+    }
+    for (; row < rows; row += kLanes) multiply_rows<1, V::tall_batch, S>(panel, groups, batch, inputs, row, to);
+}
+
+// Products of bytes that fit 16 bits together, two of them added by each instruction, for weights of so many bits.
+constexpr int products_in_16_bits(int bits) { return 32767 / (2 * 128 * ((1 << bits) - 1)); }
+static_assert(products_in_16_bits(7) == 1 && products_in_16_bits(8) == 0, "without VNNI a slice has at most 7 bits");
+
+using Multiply = void (*)(const uint8_t*, int, int, int64_t, const Inputs<int8_t>&, const Sums&);
+
+template <int SliceBits>
+constexpr Multiply multiply_of(int bits) {
+    static_assert(products_in_16_bits(4) >= 8 && products_in_16_bits(5) >= 4 && products_in_16_bits(6) >= 2);
+    if constexpr (SliceBits < 8) {
+        if (bits <= 4) return multiply_bits<8>;
+        if (bits == 5) return multiply_bits<4>;
+        if (bits == 6) return multiply_bits<2>;
+    }
+    return multiply_bits<0>;
+}
+
+void multiply(const uint8_t* panel, int bits, int groups, int row_vectors, int64_t batch, const Inputs<int8_t>& inputs,
+              const Sums& sums) {
+    multiply_of<V::slice_bits>(bits)(panel, groups, row_vectors, batch, inputs, sums);
+}
+
+void convert(const uint8_t* panel, const Slice& slice, bool add, int groups, float* floats) {
+    const __m256 unit = _mm256_set1_ps(static_cast<float>(1 << slice.lowest));
+    const __m256i offset = _mm256_set1_epi32(slice.offset), byte = _mm256_set1_epi32(255);
+    for (int g = 0; g < groups; ++g) {
+        for (int r = 0; r < kTileRows; r += 8, panel += 32) {
+            __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel));
+            for (int c = 0; c < kGroup; ++c, rows = _mm256_srli_epi32(rows, 8)) {
+                float* to = floats + (g * kGroup + c) * kTileRows + r;
+                const __m256i code = _mm256_sub_epi32(_mm256_and_si256(rows, byte), offset);
+                const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(code), unit);
+                _mm256_store_ps(to, add ? _mm256_add_ps(value, _mm256_load_ps(to)) : value);
+            }
+        }
+    }
+}
+
+template <int R, int M>
+void multiply_float_block(const float* floats, int groups, const Inputs<float>& inputs, int64_t m0, float* out) {
+    using f = typename V::f;
+    constexpr int kLanes = V::bytes / 4;
+    f sums[M][R];
+    const float* bases[M];
+    for (int m = 0; m < M; ++m) {
+        bases[m] = inputs.bases[m0 + m];
+        for (int r = 0; r < R; ++r) sums[m][r] = V::zero_f();
+    }
+    for (int g = 0; g < groups; ++g) {
+        const int32_t offset = inputs.offsets[g];
+        for (int c = 0; c < kGroup; ++c) {
+            f w[R];
+            for (int r = 0; r < R; ++r) w[r] = V::load_f(floats + (g * kGroup + c) * kTileRows + r * kLanes);
+            for (int m = 0; m < M; ++m) {
+                const f x = V::set1_f(bases[m][offset + c]);
+                for (int r = 0; r < R; ++r) sums[m][r] = V::fma(w[r], x, sums[m][r]);
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < R; ++r) {
+            float* to = out + (m0 + m) * kTileRows + r * kLanes;
+            V::store_f(to, V::add_f(V::load_f(to), sums[m][r]));
+        }
+    }
+}
+
+template <int R, int M>
+void multiply_float_rows(const float* floats, int groups, int64_t batch, const Inputs<float>& inputs, float* out) {
+    int64_t m = 0;
+    for (; m + M <= batch; m += M) multiply_float_block<R, M>(floats, groups, inputs, m, out);
+    for (; m + 2 <= batch; m += 2) multiply_float_block<R, 2>(floats, groups, inputs, m, out);
+    for (; m < batch; ++m) multiply_float_block<R, 1>(floats, groups, inputs, m, out);
+}
+
+void multiply_floats(const float* floats, int groups, int row_vectors, int64_t batch, const Inputs<float>& inputs,
+                     float* out) {
+    constexpr int kLanes = V::bytes / 4;
+    int vector = 0;
+    const int vectors = row_vectors * (64 / V::bytes);
+    for (; vector + V::rows <= vectors; vector += V::rows) {
+        multiply_float_rows<V::rows, V::float_batch>(floats + vector * kLanes, groups, batch, inputs,
+                                                     out + vector * kLanes);
+    }
+    for (; vector < vectors; ++vector) {
+        multiply_float_rows<1, V::tall_batch>(floats + vector * kLanes, groups, batch, inputs, out + vector * kLanes);
+    }
+}
+
+float largest(const float* x, int64_t count) {
+    __m256 most = _mm256_setzero_ps(), not_finite = most;
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256 v = _mm256_loadu_ps(x + i);
+        not_finite = _mm256_add_ps(not_finite, _mm256_mul_ps(v, _mm256_setzero_ps()));
+        most = _mm256_max_ps(most, magnitude(v));
+    }
+    float result = max_to_float(most), wrong = sum_to_float(not_finite);
+    for (; i < count; ++i) {
+        result = std::max(result, std::fabs(x[i]));
+        wrong += x[i] * 0.0f;
+    }
+    return wrong != 0.0f ? std::numeric_limits<float>::quiet_NaN() : result;
+}
+
+inline __m256i pack_channels(const __m256i* q) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    const __m256i low = _mm256_or_si256(_mm256_and_si256(q[0], byte),
+                                        _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
+    const __m256i high = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(q[2], byte), 16),
+                                         _mm256_slli_epi32(q[3], 24));
+    return _mm256_or_si256(low, high);
+}
+
+// The last, incomplete vector is read and written through memory of its own.
+void gather_bytes(const float* from, int64_t stride, int channels, int64_t count, float inverse_step,
+                  int8_t* const* limbs) {
+    const bool two = limbs[1] != nullptr;
+    const __m256 inverse = _mm256_set1_ps(inverse_step);
+    for (int64_t i = 0; i < count; i += 8) {
+        const int64_t n = std::min<int64_t>(8, count - i);
+        __m256i high[4], low[4];
+        for (int c = 0; c < 4; ++c) {
+            __m256 x = _mm256_setzero_ps();
+            if (c < channels && n == 8) {
+                x = _mm256_loadu_ps(from + c * stride + i);
+            } else if (c < channels) {
+                alignas(32) float part[8] = {};
+                std::copy_n(from + c * stride + i, n, part);
+                x = _mm256_load_ps(part);
+            }
+            const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
+            high[c] = two ? upper_byte(q) : q;
+            low[c] = lower_byte(q, high[c]);
+        }
+        const auto emit = [&](int8_t* to, __m256i bytes) {
+            if (n == 8) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * i), bytes);
+            } else {
+                alignas(32) int8_t part[32];
+                _mm256_store_si256(reinterpret_cast<__m256i*>(part), bytes);
+                std::memcpy(to + 4 * i, part, 4 * n);
+            }
+        };
+        emit(limbs[0], pack_channels(high));
+        if (two) emit(limbs[1], pack_channels(low));
+    }
+}
+
+void gather_floats(const float* from, int64_t stride, int channels, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        __m128 rows[4];
+        for (int c = 0; c < 4; ++c) rows[c] = c < channels ? _mm_loadu_ps(from + c * stride + i) : _mm_setzero_ps();
+        _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+        for (int j = 0; j < 4; ++j) _mm_storeu_ps(to + 4 * (i + j), rows[j]);
+    }
+    for (; i < count; ++i) {
+        for (int c = 0; c < 4; ++c) to[4 * i + c] = c < channels ? from[c * stride + i] : 0.0f;
+    }
+}
+
+void add_channels(const int8_t* from, int64_t count, int32_t* sums) {
+    const __m256i ones = _mm256_set1_epi8(1), wide_ones = _mm256_set1_epi16(1);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + kGroup * i));
+        const __m256i channels = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), wide_ones);
+        auto* to = reinterpret_cast<__m256i*>(sums + i);
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), channels));
+    }
+    for (; i < count; ++i) {
+        for (int c = 0; c < kGroup; ++c) sums[i] += from[kGroup * i + c];
+    }
+}
+
+void store_transposed(const float* from, int rows, int64_t count, const float* steps, const float* bias, float* to,
+                      int64_t to_stride) {
+    int64_t m = 0;
+    for (; m + 4 <= count; m += 4) {
+        for (int r = 0; r < rows; r += 4) {
+            __m128 block[4];
+            for (int j = 0; j < 4; ++j) block[j] = _mm_loadu_ps(from + (m + j) * kTileRows + r);
+            _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
+            const int n = std::min(4, rows - r);
+            for (int j = 0; j < n; ++j) {
+                const __m128 value = _mm_fmadd_ps(block[j], _mm_set1_ps(steps[r + j]), _mm_set1_ps(bias[r + j]));
+                _mm_storeu_ps(to + (r + j) * to_stride + m, value);
+            }
+        }
+    }
+    for (; m < count; ++m) {
+        for (int r = 0; r < rows; ++r) to[r * to_stride + m] = std::fma(from[m * kTileRows + r], steps[r], bias[r]);
+    }
+}
+
+constexpr BitserialKernels kBitserial = {
+    V::slice_bits,   V::table_copies, quantize,     fill_tables,   look_up,      unpack,           multiply, convert,
+    multiply_floats, largest,         gather_bytes, gather_floats, add_channels, store_transposed,
+};
