@@ -125,13 +125,14 @@ def check_reconstruct_backward(grad_weight: Tensor, bit_logits: Tensor, *rest) -
 def _check_planes(
     planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
 ) -> None:
-    check_coefficients(coefficients)
+    check_coefficients(tuple(coefficients))
     if planes.dtype != torch.uint8:
         raise TypeError(f"expected planes of dtype uint8, got {planes.dtype}")
     # With more axes it is in a backend's own order, and the backend knows its shape.
-    canonical = (len(coefficients), plane_bytes(math.prod(weight_shape)))
-    if planes.ndim < 2 or (planes.ndim == 2 and planes.shape != canonical):
-        raise ValueError(f"expected planes of shape {canonical}, got {tuple(planes.shape)}")
+    if planes.ndim <= 2:
+        canonical = (len(coefficients), plane_bytes(math.prod(weight_shape)))
+        if planes.shape != canonical:
+            raise ValueError(f"expected planes of shape {canonical}, got {tuple(planes.shape)}")
     channels = weight_shape[channel_axis]
     if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != channels):
         raise ValueError(f"expected step of shape () or ({channels},), got {tuple(step.shape)}")

@@ -16,6 +16,7 @@ coefficient is plus or minus a power of two and no power occurs twice, hence ``z
 negative planes inverted and ``offset`` the sum of their ``|k_j|``: one unsigned number with some of its bits missing.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -32,7 +33,8 @@ def plane_bytes(weights: int) -> int:
     return (weights + 7) // 8
 
 
-def check_coefficients(coefficients: Sequence[int]) -> None:
+@functools.lru_cache(maxsize=1024)
+def check_coefficients(coefficients: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless these are coefficients of planes: powers of two with a sign, in falling magnitude."""
     magnitudes = [abs(k) for k in coefficients]
     powers = all(0 < m < 1 << MAX_PLANES and m & (m - 1) == 0 for m in magnitudes)

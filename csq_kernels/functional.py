@@ -173,7 +173,7 @@ def bitserial_linear(
         ... )
         tensor([[1., 1.]])
     """
-    packed = (input, planes, step, bias, list(coefficients), list(weight_shape), precision)
+    packed = (input, planes, step, bias, coefficients, weight_shape, precision)
     if _differentiable(input, bias):
         return _BitserialLinear.apply(*packed)
     return _forward("bitserial_linear", *packed)
@@ -217,8 +217,8 @@ def bitserial_conv2d(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    packed = (input, planes, step, bias, list(coefficients), list(weight_shape))
-    constants = (list(stride), list(padding), list(dilation), groups, precision)
+    packed = (input, planes, step, bias, coefficients, weight_shape)
+    constants = (stride, padding, dilation, groups, precision)
     if _differentiable(input, bias):
         return _BitserialConv2d.apply(*packed, *constants)
     return _forward("bitserial_conv2d", *packed, *constants)
@@ -236,4 +236,4 @@ def bitserial_weight(
         >>> bitserial_weight(planes, torch.tensor(0.5), coefficients, (2, 2)).tolist()
         [[1.5, -0.5], [0.0, 1.0]]
     """
-    return _forward("bitserial_weight", planes, step, list(coefficients), list(weight_shape), channel_axis)
+    return _forward("bitserial_weight", planes, step, coefficients, weight_shape, channel_axis)

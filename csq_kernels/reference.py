@@ -15,8 +15,11 @@ from csq_kernels import bitplanes
 
 # Columns of a packed linear layer that share one step of the quantized input, and how many of them a table serves.
 BLOCK, GROUP = 128, 4
+# Up to so many rows of input, tables serve.
+TABLE_BATCH = 2
 # Largest magnitude of a quantized input, and of the sum over a group before rounding, by precision.
-INPUT_LIMITS = {"int8": (127, 253), "high": (32639, 65533)}
+ELEMENT_LIMIT = {"int8": 127, "high": 32639}
+GROUP_LIMIT = {"int8": 253, "high": 65533}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -128,24 +131,25 @@ def hard_weight(codes: Tensor, scale: Tensor, n_bits: int, channel_axis: int) ->
     return codes.to(scale.dtype) * step
 
 
-def quantize(values: Tensor, precision: str, grouped: bool) -> tuple[Tensor, Tensor]:
-    """The integers and the step of an input as ``int8`` and ``high`` define them, whichever kernel computes.
+def quantize(values: Tensor, element_limit: int | None, group_limit: int | None) -> tuple[Tensor, Tensor]:
+    """The integers and the step of an input: what ``int8`` and ``high`` mean, whichever kernel computes.
 
-    One step for the last axis: ``max(max |x| / limit, max over groups of 4 of sum |x| / group limit)``, the second only
-    where ``grouped``; with it the sums over any part of a group fit 8 (16) bits. ``q = round(x / step)``, half to even.
-    A slice whose step is below the normal numbers is 0; one with an infinity or a NaN has step NaN.
+    One step for the last axis: ``max(max |x| / element_limit, max over groups of 4 of sum |x| / group_limit)``, without
+    the part that is ``None``; ``q = round(x / step)``, half to even. A group limit makes the sums over any part of a
+    group fit 8 (16) bits, with two left for rounding. A slice whose step is below the normal numbers is 0; one with an
+    infinity or a NaN has step NaN.
 
     Args:
-        values: float32 ``(..., length)``; ``length`` a multiple of 4 where ``grouped``.
-        precision: ``int8`` or ``high``.
+        values: float32 ``(..., length)``; ``length`` a multiple of 4 where there is a group limit.
 
     Returns:
         q, float32 with integer values, of the shape of ``values``; the step ``(..., 1)``.
     """
-    limit, group_limit = INPUT_LIMITS[precision]
     size = values.abs()
-    step = size.amax(-1, keepdim=True) / limit
-    if grouped:
+    step = torch.zeros_like(size[..., :1])
+    if element_limit is not None:
+        step = size.amax(-1, keepdim=True) / element_limit
+    if group_limit is not None:
         # In pairs: sums of two do not depend on who adds.
         groups = size.unflatten(-1, (-1, GROUP // 2, 2)).sum(-1).sum(-1)
         step = torch.maximum(step, groups.amax(-1, keepdim=True) / group_limit)
@@ -155,10 +159,20 @@ def quantize(values: Tensor, precision: str, grouped: bool) -> tuple[Tensor, Ten
     return torch.where(usable, (values * (1 / torch.where(usable, step, 1.0))).round(), 0.0), step
 
 
-def _dequantized(values: Tensor, precision: str, grouped: bool) -> Tensor:
-    """What the kernels multiply with: the quantized input, back in its unit, in float64."""
-    codes, step = quantize(values.float(), precision, grouped)
-    return codes.double() * step.double()
+def quantize_rows(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """``quantize`` as a packed linear layer does: float32 ``(rows, columns)`` in blocks of 128 columns, the last one
+    filled up with zeros.
+
+    Up to 2 rows, which meet tables, the groups limit an int8 step, and both limits a high one; more rows, which meet
+    products, have the elements' limit.
+
+    Returns:
+        q ``(rows, blocks, 128)``, the steps ``(rows, blocks, 1)``.
+    """
+    blocks = F.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    tables = values.shape[0] <= TABLE_BATCH
+    element_limit = None if tables and precision == "int8" else ELEMENT_LIMIT[precision]
+    return quantize(blocks, element_limit, GROUP_LIMIT[precision] if tables else None)
 
 
 def with_bias(output: Tensor, bias: Tensor | None, trailing_axes: int, dtype: torch.dtype) -> Tensor:
@@ -180,17 +194,20 @@ def bitserial_linear(
     """``input @ W.T + bias`` with ``W = step * z``; planes in canonical order, the rest as in ``_ops``.
 
     ``exact`` is PyTorch's own product in the dtype of the input, or float32 if that is narrower. Otherwise the input is
-    quantized in blocks of 128 columns (``quantize``), and only float64 roundings come after that.
+    quantized (``quantize_rows``), and only float64 roundings come after that.
     """
     if precision == "exact":
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
         return with_bias(F.linear(input.to(dtype), weight), bias, 0, input.dtype)
     rows, columns = weight_shape
-    blocks = F.pad(input, (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
-    quantized = _dequantized(blocks, precision, grouped=True).flatten(-2)[..., :columns]
+    if columns == 0:
+        return with_bias(input.new_zeros((*input.shape[:-1], rows)), bias, 0, input.dtype)
+    integers, steps = quantize_rows(input.reshape(-1, columns).float(), precision)
+    quantized = (integers.double() * steps.double()).flatten(1)[:, :columns]
     codes = bitplanes.decode(planes, coefficients, weight_shape)
-    return with_bias(F.linear(quantized, codes.double()) * step.double(), bias, 0, input.dtype)
+    output = F.linear(quantized, codes.double()) * step.double()
+    return with_bias(output, bias, 0, input.dtype).view(*input.shape[:-1], rows)
 
 
 def bitserial_conv2d(
@@ -212,7 +229,8 @@ def bitserial_conv2d(
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
         return with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)
-    quantized = _dequantized(input.flatten(1), precision, grouped=False).view(input.shape)
+    integers, steps = quantize(input.flatten(1).float(), ELEMENT_LIMIT[precision], None)
+    quantized = (integers.double() * steps.double()).view(input.shape)
     codes = bitplanes.decode(planes, coefficients, weight_shape)
     output = F.conv2d(quantized, codes.double(), *options) * along_channel(step.double(), 3, 0)
     return with_bias(output, bias, 2, input.dtype)

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "bindings.h"
@@ -44,54 +46,129 @@ void require_sizes(std::initializer_list<std::pair<const char*, int64_t>> sizes,
     }
 }
 
-cpu::PackedWeight parse_weight(int64_t rows, int64_t columns, const std::vector<int>& coefficients, Address tiles,
-                               Address step, bool step_per_row, Address bias) {
+// So that no product of two sizes overflows.
+void require_below(const char* name, int64_t value) {
+    if (value >= int64_t{1} << 20) fail(name, "below 2^20", std::to_string(value));
+}
+
+// What is known of a packed weight before its memory is.
+struct Linear {
+    cpu::PackedWeight weight;
+};
+
+struct Conv2d {
+    cpu::PackedWeight weight;
+    cpu::Convolution convolution;  // without batch, size and out
+};
+
+Linear make_linear(int64_t rows, int64_t columns, const std::vector<int>& coefficients, bool step_per_row) {
     require_sizes({{"rows", rows}, {"columns", columns}}, 64 * kMaxWeightPlanes);
-    cpu::PackedWeight weight{};
-    weight.rows = rows;
-    weight.columns = columns;
-    weight.planes = parse_planes(coefficients);
+    Linear linear{};
+    linear.weight.rows = rows;
+    linear.weight.columns = columns;
+    linear.weight.planes = parse_planes(coefficients);
+    linear.weight.step_per_row = step_per_row;
+    return linear;
+}
+
+Conv2d make_conv2d(int64_t rows, int64_t channels, const Pair& kernel, const Pair& stride, const Pair& padding,
+                   const Pair& dilation, const std::vector<int>& coefficients, bool step_per_row) {
+    require_sizes({{"channels", channels}, {"kernel", kernel[0]}, {"kernel", kernel[1]}}, 64 * kMaxWeightPlanes);
+    const int64_t columns = kernel[0] * kernel[1] * ((channels + kGroup - 1) / kGroup * kGroup);
+    if (columns > cpu::kMostConvColumns) {
+        fail("columns", "of at most " + std::to_string(cpu::kMostConvColumns), std::to_string(columns));
+    }
+    Conv2d conv{};
+    conv.weight = make_linear(rows, columns, coefficients, step_per_row).weight;
+    conv.convolution.channels = channels;
+    for (int i = 0; i < 2; ++i) {
+        require_from("stride", stride[i], 1);
+        require_from("padding", padding[i], 0);
+        require_from("dilation", dilation[i], 1);
+        for (const int64_t value : {stride[i], padding[i], dilation[i]}) require_below("sizes", value);
+        conv.convolution.kernel[i] = kernel[i], conv.convolution.stride[i] = stride[i];
+        conv.convolution.padding[i] = padding[i], conv.convolution.dilation[i] = dilation[i];
+    }
+    return conv;
+}
+
+cpu::PackedWeight with_memory(cpu::PackedWeight weight, Address tiles, Address step, Address bias) {
     weight.tiles = weight.planes.count == 0 ? nullptr : array<const uint8_t>("tiles", tiles);
     weight.step = array<const float>("step", step);
-    weight.step_per_row = step_per_row;
     weight.bias = reinterpret_cast<const float*>(bias);
     return weight;
 }
 
-cpu::Convolution parse_convolution(int64_t batch, int64_t channels, const Pair& size, const Pair& kernel,
-                                   const Pair& stride, const Pair& padding, const Pair& dilation) {
-    cpu::Convolution c{};
+cpu::Convolution with_input(cpu::Convolution c, int64_t batch, const Pair& size) {
+    require_sizes({{"batch", batch}, {"channels", c.channels}, {"height", size[0]}, {"width", size[1]}}, 64);
     c.batch = batch;
-    c.channels = channels;
-    require_sizes({{"batch", batch}, {"channels", channels}, {"height", size[0]}, {"width", size[1]}}, 64);
     for (int i = 0; i < 2; ++i) {
-        require_from("kernel", kernel[i], 1);
-        require_from("stride", stride[i], 1);
-        require_from("padding", padding[i], 0);
-        require_from("dilation", dilation[i], 1);
-        // Everything below 2^20, so that no product here overflows.
-        for (const int64_t value : {size[i], kernel[i], stride[i], padding[i], dilation[i]}) {
-            if (value >= int64_t{1} << 20) fail("sizes of a convolution", "below 2^20", std::to_string(value));
-        }
-        const int64_t reach = dilation[i] * (kernel[i] - 1) + 1, padded = size[i] + 2 * padding[i];
+        require_below("size", size[i]);
+        const int64_t reach = c.dilation[i] * (c.kernel[i] - 1) + 1, padded = size[i] + 2 * c.padding[i];
         if (reach > padded) fail("input", "at least as large as the kernel", std::to_string(padded));
-        c.size[i] = size[i], c.kernel[i] = kernel[i], c.stride[i] = stride[i], c.padding[i] = padding[i];
-        c.dilation[i] = dilation[i];
-        c.out[i] = (padded - reach) / stride[i] + 1;
+        c.size[i] = size[i];
+        c.out[i] = (padded - reach) / c.stride[i] + 1;
     }
-    const int64_t image = (channels + kGroup - 1) / kGroup * kGroup * (size[0] + 2 * padding[0]);
-    if (image >= (int64_t{1} << 31) / (size[1] + 2 * padding[1])) {
-        fail("input", "of less than 2^31 elements a sample, with its padding", std::to_string(image) + " rows of them");
+    const int64_t lines = (c.channels + kGroup - 1) / kGroup * kGroup * (size[0] + 2 * c.padding[0]);
+    if (lines >= (int64_t{1} << 31) / (size[1] + 2 * c.padding[1])) {
+        fail("input", "of less than 2^31 elements a sample, with its padding", std::to_string(lines) + " rows of them");
     }
     return c;
 }
 
-int64_t conv_columns(const cpu::Convolution& c) {
-    const int64_t columns = c.kernel[0] * c.kernel[1] * ((c.channels + kGroup - 1) / kGroup * kGroup);
-    if (columns > cpu::kMostConvColumns) {
-        fail("columns", "of at most " + std::to_string(cpu::kMostConvColumns), std::to_string(columns));
+// Memory that a thread keeps from call to call, up to a size: asking for it anew costs as much as a small layer.
+class Scratch {
+  public:
+    explicit Scratch(int64_t bytes) {
+        if (bytes > kKept) {
+            own_ = allocate(bytes);
+        } else if (kept().size < bytes) {
+            kept() = {allocate(bytes), bytes};
+        }
+        memory_ = bytes > kKept ? own_.get() : kept().memory.get();
     }
-    return columns;
+    uint8_t* get() const { return memory_; }
+
+  private:
+    static constexpr int64_t kKept = int64_t{16} << 20;
+    static constexpr std::align_val_t kLine{64};
+    struct Delete {
+        void operator()(uint8_t* memory) const { ::operator delete[](memory, kLine); }
+    };
+    using Memory = std::unique_ptr<uint8_t[], Delete>;
+    struct Kept {
+        Memory memory;
+        int64_t size = 0;
+    };
+    static Memory allocate(int64_t bytes) { return Memory(new (kLine) uint8_t[static_cast<size_t>(bytes)]); }
+    static Kept& kept() {
+        thread_local Kept kept;
+        return kept;
+    }
+    Memory own_;
+    uint8_t* memory_;
+};
+
+void run_linear(const Linear& linear, Address input, Address tiles, Address step, Address bias, Address output,
+                int64_t batch, const std::string& precision_name, int threads) {
+    require_sizes({{"batch", batch}, {"rows", linear.weight.rows}, {"columns", linear.weight.columns}}, 64);
+    require_from("threads", threads, 1);
+    const Precision precision = parse_precision(precision_name);
+    const cpu::PackedWeight weight = with_memory(linear.weight, tiles, step, bias);
+    const Scratch scratch(cpu::bitserial_linear_scratch(weight, precision, batch));
+    cpu::bitserial_linear(weight, precision, batch, array<const float>("input", input), array<float>("output", output),
+                          scratch.get(), threads);
+}
+
+void run_conv2d(const Conv2d& conv, Address input, Address tiles, Address step, Address bias, Address output,
+                int64_t batch, const Pair& size, const std::string& precision_name, int threads) {
+    require_from("threads", threads, 1);
+    const Precision precision = parse_precision(precision_name);
+    const cpu::Convolution c = with_input(conv.convolution, batch, size);
+    const cpu::PackedWeight weight = with_memory(conv.weight, tiles, step, bias);
+    const Scratch scratch(cpu::bitserial_conv2d_scratch(weight, precision, c));
+    cpu::bitserial_conv2d(weight, precision, c, array<const float>("input", input), array<float>("output", output),
+                          scratch.get(), threads);
 }
 
 const int32_t* order_of(const std::vector<int32_t>& order, int64_t stream_columns) {
@@ -135,60 +212,19 @@ void bind_bitserial(py::module_& m) {
         },
         unlocked, "The inverse of bitserial_tile.", py::arg("tiles"), py::arg("rows"), py::arg("stream_columns"),
         py::arg("order"), py::arg("coefficients"), py::arg("planes"));
-    m.def(
-        "bitserial_linear_scratch",
-        [](int64_t batch, int64_t rows, int64_t columns, const std::vector<int>& coefficients,
-           const std::string& precision) {
-            require_sizes({{"batch", batch}, {"rows", rows}, {"columns", columns}}, 64);
-            cpu::PackedWeight weight{};
-            weight.rows = rows;
-            weight.columns = columns;
-            weight.planes = parse_planes(coefficients);
-            return cpu::bitserial_linear_scratch(weight, parse_precision(precision), batch);
-        },
-        "Bytes of scratch that bitserial_linear needs.", py::arg("batch"), py::arg("rows"), py::arg("columns"),
-        py::arg("coefficients"), py::arg("precision"));
-    m.def(
-        "bitserial_linear",
-        [](Address input, Address tiles, Address step, Address bias, Address output, Address scratch, int64_t batch,
-           int64_t rows, int64_t columns, const std::vector<int>& coefficients, bool step_per_row,
-           const std::string& precision, int threads) {
-            require_sizes({{"batch", batch}, {"rows", rows}, {"columns", columns}}, 64);
-            require_from("threads", threads, 1);
-            cpu::bitserial_linear(parse_weight(rows, columns, coefficients, tiles, step, step_per_row, bias),
-                                  parse_precision(precision), batch, array<const float>("input", input),
-                                  array<float>("output", output), array<uint8_t>("scratch", scratch), threads);
-        },
-        unlocked, "output = input W^T + bias for a weight in tiles; bias may be 0.", py::arg("input"), py::arg("tiles"),
-        py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("scratch"), py::arg("batch"), py::arg("rows"),
-        py::arg("columns"), py::arg("coefficients"), py::arg("step_per_row"), py::arg("precision"), py::arg("threads"));
-    m.def(
-        "bitserial_conv2d_scratch",
-        [](int64_t batch, int64_t channels, const Pair& size, const Pair& kernel, const Pair& stride,
-           const Pair& padding, const Pair& dilation, const std::string& precision) {
-            const cpu::Convolution c = parse_convolution(batch, channels, size, kernel, stride, padding, dilation);
-            cpu::PackedWeight weight{};
-            weight.columns = conv_columns(c);
-            return cpu::bitserial_conv2d_scratch(weight, parse_precision(precision), c);
-        },
-        "Bytes of scratch that bitserial_conv2d needs.", py::arg("batch"), py::arg("channels"), py::arg("size"),
-        py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("precision"));
-    m.def(
-        "bitserial_conv2d",
-        [](Address input, Address tiles, Address step, Address bias, Address output, Address scratch, int64_t batch,
-           int64_t channels, int64_t rows, const Pair& size, const Pair& kernel, const Pair& stride,
-           const Pair& padding, const Pair& dilation, const std::vector<int>& coefficients, bool step_per_row,
-           const std::string& precision, int threads) {
-            require_from("threads", threads, 1);
-            const cpu::Convolution c = parse_convolution(batch, channels, size, kernel, stride, padding, dilation);
-            cpu::bitserial_conv2d(parse_weight(rows, conv_columns(c), coefficients, tiles, step, step_per_row, bias),
-                                  parse_precision(precision), c, array<const float>("input", input),
-                                  array<float>("output", output), array<uint8_t>("scratch", scratch), threads);
-        },
-        unlocked, "Convolution with a weight in tiles, zeros around the input; bias may be 0.", py::arg("input"),
-        py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("scratch"), py::arg("batch"),
-        py::arg("channels"), py::arg("rows"), py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("coefficients"), py::arg("step_per_row"), py::arg("precision"), py::arg("threads"));
+    py::class_<Linear>(m, "BitserialLinear", "A packed weight [rows, columns], but for its memory.")
+        .def(py::init(&make_linear), py::arg("rows"), py::arg("columns"), py::arg("coefficients"),
+             py::arg("step_per_row"))
+        .def("__call__", &run_linear, unlocked, "output = input W^T + bias for a weight in tiles; bias may be 0.",
+             py::arg("input"), py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("batch"),
+             py::arg("precision"), py::arg("threads"));
+    py::class_<Conv2d>(m, "BitserialConv2d", "A packed convolution, but for its memory and the size of the input.")
+        .def(py::init(&make_conv2d), py::arg("rows"), py::arg("channels"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("coefficients"), py::arg("step_per_row"))
+        .def("__call__", &run_conv2d, unlocked,
+             "Convolution with a weight in tiles, zeros around the input; bias may be 0.", py::arg("input"),
+             py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("batch"), py::arg("size"),
+             py::arg("precision"), py::arg("threads"));
 }
 
 }  // namespace csq::python

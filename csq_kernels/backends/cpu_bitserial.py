@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csq_kernels import _native, bitplanes, reference
 from csq_kernels._ops import conv2d_shape
-from csq_kernels.backends.memory import new_empty
+from csq_kernels.backends.memory import new_empty_aligned
 
 if _native.module is None:
     raise ImportError(_native.reason)
@@ -23,10 +23,9 @@ _C = _native.module
 
 _GROUP = 4
 _PLANE_BYTES = _C.tile_rows * _C.tile_columns // 8
-_MOST_CONV_COLUMNS = 1 << 16
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _column_order(weight_shape: tuple[int, ...]) -> list[int]:
     """For each column of a convolution's tiles its column in the weight, -1 where a channel is only filling."""
     _, channels, height, width = weight_shape
@@ -39,7 +38,8 @@ def _order(weight_shape: Sequence[int]) -> list[int]:
     return _column_order(tuple(weight_shape)) if len(weight_shape) == 4 else []
 
 
-def _tiles_shape(coefficients: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)
+def _tiles_shape(coefficients: tuple[int, ...], weight_shape: tuple[int, ...]) -> tuple[int, ...]:
     columns = len(_order(weight_shape)) or weight_shape[1]
     return (
         math.ceil(weight_shape[0] / _C.tile_rows),
@@ -50,7 +50,8 @@ def _tiles_shape(coefficients: Sequence[int], weight_shape: Sequence[int]) -> tu
 
 
 def _tile(planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
-    tiles = new_empty(planes, _tiles_shape(coefficients, weight_shape))
+    shape = _tiles_shape(tuple(coefficients), tuple(weight_shape))
+    tiles = new_empty_aligned(planes, math.prod(shape)).view(shape)
     if tiles.numel():
         planes = planes.contiguous()
         columns = math.prod(weight_shape[1:])
@@ -67,7 +68,6 @@ def _untile(tiles: Tensor, coefficients: Sequence[int], weight_shape: Sequence[i
     if planes.numel():
         _check_tiles(tiles, coefficients, weight_shape)
         columns = math.prod(weight_shape[1:])
-        tiles = tiles.contiguous()
         _C.bitserial_untile(
             tiles.data_ptr(), weight_shape[0], columns, _order(weight_shape), coefficients, planes.data_ptr()
         )
@@ -79,9 +79,25 @@ bitserial_linear_untile = bitserial_conv2d_untile = _untile
 
 
 def _check_tiles(planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> None:
-    expected = _tiles_shape(coefficients, weight_shape)
-    if planes.shape != expected:
-        raise ValueError(f"expected planes of shape {expected}, in the order of tiles, got {tuple(planes.shape)}")
+    expected = _tiles_shape(tuple(coefficients), tuple(weight_shape))
+    if planes.shape != expected or not planes.is_contiguous():
+        raise ValueError(f"expected contiguous planes of shape {expected}, got {tuple(planes.shape)}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _linear(weight_shape: tuple[int, int], coefficients: tuple[int, ...], step_per_row: bool):
+    return _C.BitserialLinear(*weight_shape, coefficients, step_per_row)
+
+
+@functools.lru_cache(maxsize=1024)
+def _conv2d(weight_shape: tuple[int, ...], coefficients: tuple[int, ...], step_per_row: bool, *windows):
+    rows, channels, *kernel = weight_shape
+    return _C.BitserialConv2d(rows, channels, kernel, *windows, coefficients, step_per_row)
+
+
+def _as_float32(values: Tensor) -> Tensor:
+    # A conversion that has nothing to do still costs as much as the smallest layer.
+    return (values if values.dtype is torch.float32 else values.to(torch.float32)).contiguous()
 
 
 def bitserial_linear(
@@ -99,34 +115,25 @@ def bitserial_linear(
         return reference.bitserial_linear(input, planes, step, bias, coefficients, weight_shape, precision)
     _check_tiles(planes, coefficients, weight_shape)
     rows, columns = weight_shape
-    output = torch.empty((*input.shape[:-1], rows), dtype=torch.float32)
+    values = _as_float32(input)
+    output = values.new_empty((*values.shape[:-1], rows))
     if output.numel() == 0:
         return output.to(input.dtype)
     if columns == 0:
         return reference.with_bias(output.zero_(), bias, 0, input.dtype)
-    values = input.to(torch.float32).contiguous()
-    batch = values.numel() // columns
-    scratch = torch.empty(
-        _C.bitserial_linear_scratch(batch, rows, columns, coefficients, precision), dtype=torch.uint8
-    )
-    steps, tiles = step.contiguous(), planes.contiguous()
-    biases = None if bias is None else bias.contiguous()
-    _C.bitserial_linear(
+    step = step.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _linear(tuple(weight_shape), tuple(coefficients), step.ndim == 1)(
         values.data_ptr(),
-        tiles.data_ptr(),
-        steps.data_ptr(),
-        0 if biases is None else biases.data_ptr(),
+        planes.data_ptr(),
+        step.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         output.data_ptr(),
-        scratch.data_ptr(),
-        batch,
-        rows,
-        columns,
-        coefficients,
-        step.ndim == 1,
+        values.numel() // columns,
         precision,
         torch.get_num_threads(),
     )
-    return output.to(input.dtype)
+    return output if input.dtype is torch.float32 else output.to(input.dtype)
 
 
 def bitserial_conv2d(
@@ -143,41 +150,33 @@ def bitserial_conv2d(
     precision: str,
 ) -> Tensor:
     """Arguments and result as in ``reference.bitserial_conv2d``; canonical planes are left to it."""
+    windows = (tuple(stride), tuple(padding), tuple(dilation))
     if planes.ndim == 2 or input.dtype == torch.float64:
         planes = planes if planes.ndim == 2 else _untile(planes, coefficients, weight_shape)
         return reference.bitserial_conv2d(
-            input, planes, step, bias, coefficients, weight_shape, stride, padding, dilation, groups, precision
+            input, planes, step, bias, coefficients, weight_shape, *windows, groups, precision
         )
     _check_tiles(planes, coefficients, weight_shape)
     if groups != 1:
         raise ValueError(f"expected groups 1 for planes in the order of tiles, got {groups}")
-    output = torch.empty(conv2d_shape(input, weight_shape, stride, padding, dilation), dtype=torch.float32)
+    values = _as_float32(input)
+    output = values.new_empty(conv2d_shape(input, weight_shape, *windows))
     if output.numel() == 0:
         return output.to(input.dtype)
-    values = input.to(torch.float32).contiguous()
-    sizes = (tuple(input.shape[2:]), tuple(weight_shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
-    scratch = torch.empty(
-        _C.bitserial_conv2d_scratch(input.shape[0], input.shape[1], *sizes, precision), dtype=torch.uint8
-    )
-    steps, tiles = step.contiguous(), planes.contiguous()
-    biases = None if bias is None else bias.contiguous()
-    _C.bitserial_conv2d(
+    step = step.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _conv2d(tuple(weight_shape), tuple(coefficients), step.ndim == 1, *windows)(
         values.data_ptr(),
-        tiles.data_ptr(),
-        steps.data_ptr(),
-        0 if biases is None else biases.data_ptr(),
+        planes.data_ptr(),
+        step.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         output.data_ptr(),
-        scratch.data_ptr(),
-        input.shape[0],
-        input.shape[1],
-        weight_shape[0],
-        *sizes,
-        coefficients,
-        step.ndim == 1,
+        values.shape[0],
+        tuple(values.shape[2:]),
         precision,
         torch.get_num_threads(),
     )
-    return output.to(input.dtype)
+    return output if input.dtype is torch.float32 else output.to(input.dtype)
 
 
 def bitserial_weight(

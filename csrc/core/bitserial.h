@@ -34,13 +34,26 @@ struct PlaneSet {
 // exact: float32 products and sums. high, int8: the input as integers of two bytes or one, and a step.
 enum class Precision : int32_t { exact = 0, high = 1, int8 = 2 };
 
-constexpr int limbs_of(Precision precision) { return precision == Precision::high ? 2 : 1; }
+// How a block of 128 inputs becomes integers: step = max(max |x| / element, max over groups of sum |x| / group), where 0
+// stands for no limit, and q = round(x / step) = 256 * upper + lower in so many limbs.
+struct Quantization {
+    float element;
+    float group;
+    int limbs;
+};
 
-// Largest magnitude of a quantized input, and of the sum over a group before rounding: with the half that each of four
-// roundings adds, a sum over any part of a group, less the smallest of them, fits one byte or two.
-constexpr float input_limit(Precision precision) { return precision == Precision::high ? 32639.0f : 127.0f; }
-constexpr float group_limit(Precision precision) { return precision == Precision::high ? 65533.0f : 253.0f; }
-static_assert(253 + kGroup / 2 == 255 && 65533 + kGroup / 2 == 65535, "table entries are unsigned bytes, or pairs of them");
-static_assert(32639 == 127 * 256 + 127, "the upper byte of a two-byte input, rounded, is at most 127");
+// Up to so many rows of input, tables of the sums over a group serve instead of products.
+constexpr int64_t kTableBatch = 2;
+
+constexpr Quantization quantization_of(Precision precision, int64_t batch) {
+    const bool two = precision == Precision::high, tables = batch <= kTableBatch;
+    // The sums over any part of a group, less the smallest of them, fit one byte or two. An int8 element alone may then
+    // reach 255, so it takes two limbs where there are no tables.
+    const float group = two ? 65533.0f : 253.0f;
+    if (tables) return {two ? 32639.0f : 0.0f, group, 2};
+    return {two ? 32639.0f : 127.0f, 0.0f, two ? 2 : 1};
+}
+static_assert(253 + kGroup / 2 == 255 && 65533 + kGroup / 2 == 65535, "rounding adds at most a half to each of four");
+static_assert(32639 == 127 * 256 + 127, "the upper limb, rounded, is at most 127");
 
 }  // namespace csq

@@ -12,6 +12,8 @@ namespace {
 
 // Batch rows, or output positions, for which a panel of weights is unpacked once: their inputs and sums stay in L2.
 constexpr int64_t kChunk = 96;
+// Tiles ahead that are asked for while one is multiplied.
+constexpr int64_t kTilesAhead = 2;
 // Products from which waking a team of threads pays.
 constexpr int64_t kParallelProducts = 1 << 18;
 // Exponents of the planes may span so much for sums of table entries to fit 32 bits.
@@ -69,9 +71,13 @@ Slices slices_of(const PlaneSet& planes, int most_bits) {
 // Whether sums come from tables, a look-up for every 4 bits, or from products of unpacked bytes.
 bool use_tables(const BitserialKernels& kernels, const PlaneSet& planes, Precision precision, int64_t batch) {
     if (kernels.look_up == nullptr || precision == Precision::exact || planes.count == 0) return false;
-    if (planes.exponents[0] - planes.exponents[planes.count - 1] > kTableSpan) return false;
-    return batch <= 2;
+    return batch <= kTableBatch && planes.exponents[0] - planes.exponents[planes.count - 1] <= kTableSpan;
 }
+
+int bytes_of(Precision precision) { return precision == Precision::high ? 2 : 1; }
+
+// What a limb counts for.
+float unit_of(int limb, int limbs) { return limb == 0 && limbs == 2 ? 256.0f : 1.0f; }
 
 int team(int64_t products, int64_t tasks, int threads) {
     return products < kParallelProducts ? 1 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
@@ -108,9 +114,9 @@ struct LinearScratch {
 
     LinearScratch(Arena& arena, const BitserialKernels& kernels, const PackedWeight& w, Precision precision,
                   int64_t batch) {
-        const int64_t blocks = ceil_div(w.columns, kTileColumns), limb_count = limbs_of(precision);
+        const int64_t blocks = ceil_div(w.columns, kTileColumns), limb_count = quantization_of(precision, batch).limbs;
         limbs = nullptr, inputs = nullptr, tables = nullptr, table_entries = nullptr, tail = nullptr;
-        table_bytes = int64_t{kGroups} * 16 * kernels.table_copies * limb_count;
+        table_bytes = int64_t{kGroups} * 16 * kernels.table_copies * bytes_of(precision);
         if (precision == Precision::exact) {
             tail = arena.take<float>(w.columns % kGroup == 0 ? 0 : batch * kTileColumns);
             return;
@@ -134,19 +140,21 @@ struct Consecutive {
 
 void quantize_rows(const BitserialKernels& kernels, const PackedWeight& w, Precision precision, int64_t batch,
                    const float* input, const LinearScratch& scratch, int threads) {
-    const int64_t blocks = ceil_div(w.columns, kTileColumns), limb_count = limbs_of(precision);
+    const Quantization quantization = quantization_of(precision, batch);
+    const int64_t blocks = ceil_div(w.columns, kTileColumns);
     const int members = team(8 * batch * w.columns, batch * blocks, threads);
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
     for (int64_t i = 0; i < blocks * batch; ++i) {
         const int64_t block = i / batch, m = i % batch;
         InputBlock& to = scratch.inputs[i];
-        to.limbs[0] = scratch.limbs + i * limb_count * kTileColumns;
-        to.limbs[1] = limb_count == 2 ? to.limbs[0] + kTileColumns : nullptr;
+        to.limbs[0] = scratch.limbs + i * quantization.limbs * kTileColumns;
+        to.limbs[1] = quantization.limbs == 2 ? to.limbs[0] + kTileColumns : nullptr;
         const int64_t count = std::min(kTileColumns, w.columns - block * kTileColumns);
-        kernels.quantize(input + m * w.columns + block * kTileColumns, static_cast<int>(count), to);
+        kernels.quantize(input + m * w.columns + block * kTileColumns, static_cast<int>(count), quantization, to);
         if (scratch.tables != nullptr) {
             const int64_t at = m * blocks + block;
-            kernels.fill_tables(to, scratch.table_entries + at * scratch.table_bytes, scratch.tables[at]);
+            kernels.fill_tables(to, bytes_of(precision), scratch.table_entries + at * scratch.table_bytes,
+                                scratch.tables[at]);
         }
     }
 }
@@ -161,7 +169,7 @@ void linear_by_tables(const BitserialKernels& kernels, const PackedWeight& w, Pr
         const uint8_t* tiles = w.tiles + band * blocks * w.planes.count * kPlaneBytes;
         for (int64_t m = 0; m < batch; ++m) {
             alignas(64) float sums[kTileRows];
-            kernels.look_up(tiles, w.planes, blocks, limbs_of(precision),
+            kernels.look_up(tiles, w.planes, blocks, bytes_of(precision),
                             scratch.table_entries + m * blocks * scratch.table_bytes, scratch.tables + m * blocks, sums);
             epilogue.store(sums, 1, output + m * w.rows + band * kTileRows, w.rows);
         }
@@ -174,6 +182,9 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
     const Slices slices = slices_of(w.planes, precision == Precision::exact ? 8 : kernels.slice_bits);
     const int64_t blocks = ceil_div(w.columns, kTileColumns), bands = ceil_div(w.rows, kTileRows);
     const int64_t chunks = ceil_div(batch, kChunk), chunk = ceil_div(batch, chunks);
+    const int limbs = quantization_of(precision, batch).limbs;
+    // Several slices have to become one float before the product, or small weights would be differences of large ones.
+    const bool from_codes = kernels.multiply_codes != nullptr && slices.count == 1 && batch <= 2;
     const int members = team(batch * w.rows * w.columns, bands * chunks, threads);
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
     for (int64_t task = 0; task < bands * chunks; ++task) {
@@ -188,28 +199,31 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
         const int64_t count = std::min(chunk, batch - first);
         const Epilogue epilogue(w, band);
         std::fill_n(sums, count * kTileRows, 0.0f);
-        const uint8_t* tile = w.tiles + band * blocks * w.planes.count * kPlaneBytes;
-        for (int64_t block = 0; block < blocks; ++block, tile += w.planes.count * kPlaneBytes) {
+        const int64_t tile_bytes = w.planes.count * kPlaneBytes;
+        const uint8_t* tile = w.tiles + band * blocks * tile_bytes;
+        for (int64_t block = 0; block < blocks; ++block, tile += tile_bytes) {
             const int64_t columns = std::min(kTileColumns, w.columns - block * kTileColumns);
             const int groups = static_cast<int>(ceil_div(columns, kGroup));
             for (int s = 0; s < slices.count; ++s) {
                 const Slice& slice = slices.list[s];
                 kernels.unpack(tile, slice, groups + groups % 2, panel);
                 if (precision == Precision::exact) {
-                    kernels.convert(panel, slice, s > 0, groups, floats);
+                    if (!from_codes) kernels.convert(panel, slice, s > 0, groups, floats);
                     continue;
                 }
                 const InputBlock* blocks_in = scratch.inputs + block * batch + first;
-                for (int limb = 0; limb < limbs_of(precision); ++limb) {
-                    const float unit = static_cast<float>(1 << slice.lowest) *
-                                       (limb == 0 && precision == Precision::high ? 256.0f : 1.0f);
+                for (int limb = 0; limb < limbs; ++limb) {
+                    const float unit = static_cast<float>(1 << slice.lowest) * unit_of(limb, limbs);
                     for (int64_t m = 0; m < count; ++m) {
                         bytes[m] = blocks_in[m].limbs[limb];
                         starts[m] = -slice.offset * blocks_in[m].sums[limb];
                         factors[m] = unit * blocks_in[m].step;
                     }
+                    const bool last = s == slices.count - 1 && limb == limbs - 1;
                     kernels.multiply(panel, slice.bits, groups, epilogue.vectors(), count,
-                                     Inputs<int8_t>{bytes, consecutive.offsets}, Sums{starts, factors, sums, nullptr});
+                                     Inputs<int8_t>{bytes, consecutive.offsets, last ? tile + kTilesAhead * tile_bytes
+                                                                                     : nullptr, tile_bytes / kGroups},
+                                     Sums{starts, factors, sums, nullptr});
                 }
             }
             if (precision == Precision::exact && slices.count > 0) {
@@ -218,8 +232,12 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
                     values[m] = in_tail ? scratch.tail + (first + m) * kTileColumns
                                         : input + (first + m) * w.columns + block * kTileColumns;
                 }
-                kernels.multiply_floats(floats, groups, epilogue.vectors(), count,
-                                        Inputs<float>{values, consecutive.offsets}, sums);
+                const Inputs<float> inputs{values, consecutive.offsets, tile + kTilesAhead * tile_bytes, tile_bytes / kGroups};
+                if (from_codes) {
+                    kernels.multiply_codes(panel, slices.list[0], groups, epilogue.vectors(), count, inputs, sums);
+                } else {
+                    kernels.multiply_floats(floats, groups, epilogue.vectors(), count, inputs, sums);
+                }
             }
         }
         epilogue.store(sums, count, output + first * w.rows + band * kTileRows, w.rows);
@@ -238,6 +256,9 @@ struct Image {
     int64_t size() const { return groups * plane(); }
 };
 
+// A convolution has no tables, and one step for a sample.
+constexpr Quantization conv_quantization(Precision precision) { return quantization_of(precision, kTableBatch + 1); }
+
 struct ConvScratch {
     int8_t* limbs[2];       // an image each
     float* values;          // an image
@@ -253,8 +274,8 @@ struct ConvScratch {
             values = arena.take<float>(c.batch * image.size());
             return;
         }
-        for (int limb = 0; limb < limbs_of(precision); ++limb) limbs[limb] = arena.take<int8_t>(c.batch * image.size());
-        channel_sums = arena.take<int32_t>(limbs_of(precision) * c.batch * image.plane() / kGroup);
+        for (int limb = 0; limb < conv_quantization(precision).limbs; ++limb) limbs[limb] = arena.take<int8_t>(c.batch * image.size());
+        channel_sums = arena.take<int32_t>(conv_quantization(precision).limbs * c.batch * image.plane() / kGroup);
         steps = arena.take<float>(c.batch);
     }
 };
@@ -277,7 +298,7 @@ void gather_image(const BitserialKernels& kernels, Precision precision, const Co
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1 && c.batch > 1)
         for (int64_t n = 0; n < c.batch; ++n) {
             const float most = kernels.largest(input + n * c.channels * pixels, c.channels * pixels);
-            const float step = most / input_limit(precision);
+            const float step = most / conv_quantization(precision).element;
             scratch.steps[n] = step < std::numeric_limits<float>::min() ? 0.0f : step;
         }
     }
@@ -316,7 +337,7 @@ void gather_image(const BitserialKernels& kernels, Precision precision, const Co
 void sum_channels(const BitserialKernels& kernels, Precision precision, const Convolution& c, const ConvScratch& scratch) {
     const Image image(c);
     const int64_t pixels = image.height * image.width;
-    for (int64_t i = 0; i < limbs_of(precision) * c.batch; ++i) {
+    for (int64_t i = 0; i < conv_quantization(precision).limbs * c.batch; ++i) {
         int32_t* sums = scratch.channel_sums + i * pixels;
         std::fill_n(sums, pixels, 0);
         const int8_t* from = scratch.limbs[i / c.batch] + i % c.batch * image.size();
@@ -332,6 +353,7 @@ void conv_by_products(const BitserialKernels& kernels, const PackedWeight& w, Pr
     const int64_t positions = c.out[0] * c.out[1];
     const int64_t chunks = ceil_div(positions, kChunk), chunk = ceil_div(positions, chunks);
     const int64_t tasks = c.batch * chunks * bands;
+    const int limbs = conv_quantization(precision).limbs;
     const int members = team(c.batch * positions * w.rows * w.columns, tasks, threads);
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -370,9 +392,9 @@ void conv_by_products(const BitserialKernels& kernels, const PackedWeight& w, Pr
         }
         for (int s = 0; s < slices.count && precision != Precision::exact; ++s) {
             const Slice& slice = slices.list[s];
-            for (int limb = 0; limb < limbs_of(precision); ++limb) {
-                const float factor = scratch.steps[n] * static_cast<float>(1 << slice.lowest) *
-                                     (limb == 0 && precision == Precision::high ? 256.0f : 1.0f);
+            for (int limb = 0; limb < limbs; ++limb) {
+                const float factor =
+                    scratch.steps[n] * static_cast<float>(1 << slice.lowest) * unit_of(limb, limbs);
                 const int8_t* from = scratch.limbs[limb] + n * image.size();
                 for (int64_t m = 0; m < count; ++m) bytes[m] = from + pixel[m] * kGroup;
                 const int32_t* channel_sums =

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -35,16 +36,11 @@ struct V {
     static v set1_32(int32_t x) { return _mm256_set1_epi32(x); }
     static v load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const v*>(p)); }
     static v and_(v a, v b) { return _mm256_and_si256(a, b); }
-    static v andnot(v mask, v a) { return _mm256_andnot_si256(mask, a); }
-    static v or_(v a, v b) { return _mm256_or_si256(a, b); }
     template <int N>
     static v srl(v a) {
         return _mm256_srli_epi16(a, N);
     }
-    template <int N>
-    static v sll(v a) {
-        return _mm256_slli_epi16(a, N);
-    }
+    static v sub8(v a, v b) { return _mm256_sub_epi8(a, b); }
     static v add16(v a, v b) { return _mm256_add_epi16(a, b); }
     static v add32(v a, v b) { return _mm256_add_epi32(a, b); }
     static v shuffle(v table, v index) { return _mm256_shuffle_epi8(table, index); }
@@ -60,25 +56,21 @@ struct V {
         const uint8_t* at = T == 1 ? tables + 16 * i : tables + 64 * (i / 2) + 32 * t + 16 * (i % 2);
         return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
     }
-    // Bytes of one group, a vector a column, the rows 8 further in `second`; see the order of a plane.
-    static void interleave(const v* first, const v* second, uint8_t* to) {
-        for (int h = 0; h < 2; ++h, to += 32) {
-            const v* c = h == 0 ? first : second;
-            const v low01 = _mm256_unpacklo_epi8(c[0], c[1]), high01 = _mm256_unpackhi_epi8(c[0], c[1]);
-            const v low23 = _mm256_unpacklo_epi8(c[2], c[3]), high23 = _mm256_unpackhi_epi8(c[2], c[3]);
-            store(to, _mm256_unpacklo_epi16(low01, low23));
-            store(to + 64, _mm256_unpackhi_epi16(low01, low23));
-            store(to + 128, _mm256_unpacklo_epi16(high01, high23));
-            store(to + 192, _mm256_unpackhi_epi16(high01, high23));
-        }
+    static __m256i select(__m256i mask, __m256i a, __m256i b) {
+        return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
     }
-    static void store(uint8_t* p, v a) { _mm256_store_si256(reinterpret_cast<v*>(p), a); }
     static v load_32(const int32_t* p) { return _mm256_load_si256(reinterpret_cast<const v*>(p)); }
     static void store_32(int32_t* p, v a) { _mm256_store_si256(reinterpret_cast<v*>(p), a); }
     static void add_scaled(float* to, float factor, v sums) {
         _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(factor), _mm256_load_ps(to)));
     }
 
+    // Byte C of each 32 bits.
+    template <int C, bool Signed>
+    static f column_to_float(v bytes) {
+        const v top = C == 3 ? bytes : _mm256_slli_epi32(bytes, 24 - 8 * C);
+        return _mm256_cvtepi32_ps(Signed ? _mm256_srai_epi32(top, 24) : _mm256_srli_epi32(top, 24));
+    }
     static f zero_f() { return _mm256_setzero_ps(); }
     static f set1_f(float x) { return _mm256_set1_ps(x); }
     static f load_f(const float* p) { return _mm256_load_ps(p); }

@@ -14,16 +14,11 @@ struct Bytes512 {
     static v set1_32(int32_t x) { return _mm512_set1_epi32(x); }
     static v load(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static v and_(v a, v b) { return _mm512_and_si512(a, b); }
-    static v andnot(v mask, v a) { return _mm512_andnot_si512(mask, a); }
-    static v or_(v a, v b) { return _mm512_or_si512(a, b); }
     template <int N>
     static v srl(v a) {
         return _mm512_srli_epi16(a, N);
     }
-    template <int N>
-    static v sll(v a) {
-        return _mm512_slli_epi16(a, N);
-    }
+    static v sub8(v a, v b) { return _mm512_sub_epi8(a, b); }
     static v add16(v a, v b) { return _mm512_add_epi16(a, b); }
     static v add32(v a, v b) { return _mm512_add_epi32(a, b); }
     static v shuffle(v table, v index) { return _mm512_shuffle_epi8(table, index); }
@@ -38,21 +33,8 @@ struct Bytes512 {
     static v table(const uint8_t* tables, int i, int t) {
         return load(tables + 64 * (T * i + t));
     }
-    // Bytes of two groups, a vector a column, the rows 8 further in `second`; see the order of a plane.
-    static void interleave(const v* first, const v* second, uint8_t* to) {
-        for (int g = 0; g < 2; ++g, to += 256) {
-            v c[4];
-            for (int i = 0; i < 4; ++i) {
-                c[i] = g == 0 ? _mm512_inserti64x4(first[i], _mm512_castsi512_si256(second[i]), 1)
-                              : _mm512_shuffle_i64x2(first[i], second[i], 0xee);
-            }
-            const v low01 = _mm512_unpacklo_epi8(c[0], c[1]), high01 = _mm512_unpackhi_epi8(c[0], c[1]);
-            const v low23 = _mm512_unpacklo_epi8(c[2], c[3]), high23 = _mm512_unpackhi_epi8(c[2], c[3]);
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(low01, low23));
-            _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(low01, low23));
-            _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(high01, high23));
-            _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(high01, high23));
-        }
+    static __m256i select(__m256i mask, __m256i a, __m256i b) {
+        return _mm256_ternarylogic_epi32(mask, a, b, 0xca);
     }
     static v load_32(const int32_t* p) { return _mm512_load_si512(reinterpret_cast<const v*>(p)); }
     static void store_32(int32_t* p, v a) { _mm512_store_si512(reinterpret_cast<v*>(p), a); }
@@ -60,6 +42,12 @@ struct Bytes512 {
         _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(factor), _mm512_load_ps(to)));
     }
 
+    // Byte C of each 32 bits.
+    template <int C, bool Signed>
+    static f column_to_float(v bytes) {
+        const v top = C == 3 ? bytes : _mm512_slli_epi32(bytes, 24 - 8 * C);
+        return _mm512_cvtepi32_ps(Signed ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24));
+    }
     static f zero_f() { return _mm512_setzero_ps(); }
     static f set1_f(float x) { return _mm512_set1_ps(x); }
     static f load_f(const float* p) { return _mm512_load_ps(p); }

@@ -24,7 +24,8 @@ struct InputBlock {
     int32_t sums[2];
 };
 
-// Its tables: 16 sums for each group, less the smallest one, byte by byte: [pair of groups][limb][group][copies][16].
+// Its tables: 16 sums for each group, less the smallest one, of one byte or two, the upper one first:
+// [pair of groups][byte][group][copies][16].
 struct TableBlock {
     float step;
     int64_t smallest;  // sum over the groups of the smallest sums
@@ -36,6 +37,9 @@ template <class T>
 struct Inputs {
     const T* const* bases;   // [batch]
     const int32_t* offsets;  // [groups]
+    // Memory that will be read soon: so many bytes of it are asked for with each group, lest it be idle meanwhile.
+    const uint8_t* ahead = nullptr;
+    int64_t ahead_bytes = 0;
 };
 
 // Where sums of integer products go: to out[m][64] += factors[m] * (starts[m] + sum), or where `totals` is given, to
@@ -54,10 +58,10 @@ struct BitserialKernels {
     int table_copies;  // of each table of 16 bytes
 
     // One block of `count` inputs, at most 128; what is missing is 0.
-    void (*quantize)(const float* x, int count, InputBlock& block);
-    void (*fill_tables)(const InputBlock& block, uint8_t* tables, TableBlock& description);
+    void (*quantize)(const float* x, int count, const Quantization& quantization, InputBlock& block);
+    void (*fill_tables)(const InputBlock& block, int bytes, uint8_t* tables, TableBlock& description);
     // out[64] = sum over the blocks of columns of step * (z of the rows of one row of tiles) . q
-    void (*look_up)(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int limbs, const uint8_t* tables,
+    void (*look_up)(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int bytes, const uint8_t* tables,
                     const TableBlock* descriptions, float* out);
 
     // panel[group][64 rows][4 columns] = the bytes of a slice, for an even number of groups.
@@ -71,6 +75,10 @@ struct BitserialKernels {
     // out[m][64] += floats . inputs
     void (*multiply_floats)(const float* floats, int groups, int row_vectors, int64_t batch,
                             const Inputs<float>& inputs, float* out);
+    // The same from the bytes of the only slice that there is, out[m][64] += 2^lowest * (bytes - offset) . inputs, for one
+    // batch row or two.
+    void (*multiply_codes)(const uint8_t* panel, const Slice& slice, int groups, int row_vectors, int64_t batch,
+                           const Inputs<float>& inputs, float* out);
 
     // Largest magnitude, NaN if any is not finite.
     float (*largest)(const float* x, int64_t count);

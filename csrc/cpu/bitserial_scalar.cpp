@@ -25,18 +25,18 @@ float largest(const float* x, int64_t count) {
     return wrong != 0.0f ? std::numeric_limits<float>::quiet_NaN() : most;
 }
 
-void quantize(const float* x, int count, InputBlock& block) {
-    const bool two = block.limbs[1] != nullptr;
-    const Precision precision = two ? Precision::high : Precision::int8;
-    float step = largest(x, count) / input_limit(precision);
-    for (int g = 0; g < count; g += kGroup) {
+void quantize(const float* x, int count, const Quantization& quantization, InputBlock& block) {
+    const float most = largest(x, count);
+    float step = quantization.element > 0.0f || std::isnan(most) ? most / quantization.element : 0.0f;
+    for (int g = 0; g < count && quantization.group > 0.0f; g += kGroup) {
         float size[kGroup] = {};
         for (int c = 0; c < std::min(kGroup, count - g); ++c) size[c] = std::fabs(x[g + c]);
-        const float group = ((size[0] + size[1]) + (size[2] + size[3])) / group_limit(precision);
+        const float group = ((size[0] + size[1]) + (size[2] + size[3])) / quantization.group;
         if (group > step) step = group;
     }
     if (step < std::numeric_limits<float>::min()) step = 0.0f;
     const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    const bool two = quantization.limbs == 2;
     block.step = step;
     block.sums[0] = block.sums[1] = 0;
     for (int i = 0; i < kTileColumns; ++i) {
@@ -144,8 +144,8 @@ void store_transposed(const float* from, int rows, int64_t count, const float* s
 }  // namespace
 
 const BitserialKernels kScalarBitserial = {
-    8,       0,       quantize,     nullptr,       nullptr,      unpack,           multiply, convert,
-    multiply_floats,  largest,      gather_bytes,  gather_floats, add_channels,    store_transposed,
+    8,       0,       quantize, nullptr,      nullptr,       unpack,       multiply,         convert, multiply_floats,
+    nullptr, largest, gather_bytes, gather_floats, add_channels, store_transposed,
 };
 
 }  // namespace csq::cpu

@@ -2,7 +2,7 @@
 // and inside an anonymous namespace, after V, by one source file for each instruction set.
 
 // Bytes ahead that the stream of planes is asked for; measured: without it a core reads a third less.
-constexpr int kPrefetch = 2048;
+constexpr int kPrefetch = 4096;
 
 inline float sum_to_float(__m256 x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -20,6 +20,11 @@ inline int32_t sum_to_int(__m256i x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
+// Of signed bytes, in 32 bits.
+inline __m256i sums_of_four(__m256i bytes) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+}
+
 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
 // The upper and the lower byte of q, both rounded to signed ones; q - 256 * upper is the lower.
@@ -31,9 +36,8 @@ inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-void quantize(const float* x, int count, InputBlock& block) {
-    const bool two = block.limbs[1] != nullptr;
-    const Precision precision = two ? Precision::high : Precision::int8;
+void quantize(const float* x, int count, const Quantization& quantization, InputBlock& block) {
+    const bool two = quantization.limbs == 2;
     alignas(32) float padded[kTileColumns];
     if (count < kTileColumns) {
         std::fill(std::copy_n(x, count, padded), padded + kTileColumns, 0.0f);
@@ -51,8 +55,8 @@ void quantize(const float* x, int count, InputBlock& block) {
         const __m256 groups = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
         most_of_groups = _mm256_max_ps(most_of_groups, groups);
     }
-    float step = std::max(max_to_float(most) / input_limit(precision),
-                          max_to_float(most_of_groups) / group_limit(precision));
+    float step = quantization.element > 0.0f ? max_to_float(most) / quantization.element : 0.0f;
+    if (quantization.group > 0.0f) step = std::max(step, max_to_float(most_of_groups) / quantization.group);
     if (sum_to_float(not_finite) != 0.0f) step = std::numeric_limits<float>::quiet_NaN();
     if (step < std::numeric_limits<float>::min()) step = 0.0f;
     block.step = step;
@@ -82,59 +86,89 @@ inline void store_table(uint8_t* to, __m128i table) {
     for (int copy = 0; copy < V::table_copies; ++copy) _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + copy, table);
 }
 
-void fill_tables(const InputBlock& block, uint8_t* tables, TableBlock& description) {
+// Bytes of inputs whose index in a table has bit c, the inputs being byte `at + c` of each 128 bits.
+inline __m256i sums_of_parts(__m256i inputs, int at) {
+    __m256i table = _mm256_setzero_si256();
+    for (int c = 0; c < kGroup; ++c) {
+        const __m256i index = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << c));
+        const __m256i has = _mm256_cmpeq_epi8(_mm256_and_si256(index, bit), bit);
+        const __m256i input = _mm256_shuffle_epi8(inputs, _mm256_set1_epi8(static_cast<char>(at + c)));
+        table = _mm256_add_epi8(table, _mm256_and_si256(input, has));
+    }
+    return table;
+}
+
+// One byte an entry. The sums run modulo 256, since what comes out fits; so does the lower limb.
+int64_t fill_byte_tables(const int8_t* upper, const int8_t* lower, uint8_t* tables) {
     constexpr int kTable = 16 * V::table_copies;
-    const bool two = block.limbs[1] != nullptr;
-    description.step = block.step;
-    description.sum = two ? int64_t{256} * block.sums[0] + block.sums[1] : block.sums[0];
-    description.smallest = 0;
-    if (!two) {
-        const __m128i index = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m128i has[4];
-        for (int c = 0; c < kGroup; ++c) {
-            const __m128i bit = _mm_set1_epi8(static_cast<char>(1 << c));
-            has[c] = _mm_cmpeq_epi8(_mm_and_si128(index, bit), bit);
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i all = zero;
+    for (int g = 0; g < kGroups; g += 8, upper += 32, lower += 32) {
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper));
+        const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower));
+        // The upper limb is -1, 0 or 1; where it is 0, the lower one has the sign.
+        const __m256i sign = _mm256_blendv_epi8(high, q, _mm256_cmpeq_epi8(high, zero));
+        const __m256i is_negative = _mm256_cmpgt_epi8(zero, sign);
+        const __m256i negative = _mm256_and_si256(q, is_negative);
+        all = _mm256_add_epi32(all, sums_of_four(negative));
+        all = _mm256_add_epi32(all, _mm256_slli_epi32(sums_of_four(_mm256_and_si256(high, is_negative)), 8));
+        const __m256i pairs = _mm256_add_epi8(negative, _mm256_srli_epi32(negative, 8));
+        const __m256i smallest = _mm256_add_epi8(pairs, _mm256_srli_epi32(pairs, 16));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m256i base = _mm256_shuffle_epi8(smallest, _mm256_set1_epi8(static_cast<char>(kGroup * j)));
+            const __m256i table = _mm256_sub_epi8(sums_of_parts(q, kGroup * j), base);
+            store_table(tables + (g + j) * kTable, _mm256_castsi256_si128(table));
+            store_table(tables + (g + 4 + j) * kTable, _mm256_extracti128_si256(table, 1));
         }
-        for (int g = 0; g < kGroups; ++g) {
-            int32_t word;
-            std::memcpy(&word, block.limbs[0] + kGroup * g, sizeof word);
-            const __m128i q = _mm_cvtsi32_si128(word);
-            // Sums modulo 256: the results fit a byte, whatever happens on the way.
-            __m128i table = _mm_setzero_si128();
-            for (int c = 0; c < kGroup; ++c) {
-                const __m128i value = _mm_shuffle_epi8(q, _mm_set1_epi8(static_cast<char>(c)));
-                table = _mm_add_epi8(table, _mm_and_si128(value, has[c]));
-            }
-            int smallest = 0;
-            for (int c = 0; c < kGroup; ++c) smallest += std::min<int>(0, block.limbs[0][kGroup * g + c]);
-            description.smallest += smallest;
-            table = _mm_sub_epi8(table, _mm_set1_epi8(static_cast<char>(smallest)));
-            store_table(tables + g * kTable, table);
-        }
-        return;
+    }
+    return sum_to_int(all);
+}
+
+// Two bytes an entry, upper and lower in tables of their own. The sums run modulo 65536.
+int64_t fill_word_tables(const int8_t* upper, const int8_t* lower, uint8_t* tables) {
+    constexpr int kTable = 16 * V::table_copies;
+    alignas(32) int16_t q[kTileColumns];
+    alignas(32) int32_t smallest[kTileColumns / 2];
+    const __m256i zero = _mm256_setzero_si256();
+    for (int i = 0; i < kTileColumns; i += 16) {
+        const auto words = [&](const int8_t* from) {
+            return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        };
+        const __m256i word = _mm256_add_epi16(_mm256_slli_epi16(words(upper), 8), words(lower));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(q + i), word);
+        const __m256i pairs = _mm256_madd_epi16(_mm256_min_epi16(word, zero), _mm256_set1_epi16(1));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(smallest + i / 2), pairs);
     }
     const __m256i index = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m256i has[4];
+    __m256i has[kGroup];
     for (int c = 0; c < kGroup; ++c) {
         const __m256i bit = _mm256_set1_epi16(static_cast<int16_t>(1 << c));
         has[c] = _mm256_cmpeq_epi16(_mm256_and_si256(index, bit), bit);
     }
+    int64_t all = 0;
     for (int g = 0; g < kGroups; ++g) {
-        int smallest = 0;
-        __m256i sums = _mm256_setzero_si256();
+        const int32_t least = smallest[2 * g] + smallest[2 * g + 1];
+        all += least;
+        __m256i table = _mm256_set1_epi16(static_cast<int16_t>(-least));
         for (int c = 0; c < kGroup; ++c) {
-            const int q = 256 * block.limbs[0][kGroup * g + c] + block.limbs[1][kGroup * g + c];
-            smallest += std::min(0, q);
-            sums = _mm256_add_epi16(sums, _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(q)), has[c]));
+            table = _mm256_add_epi16(table, _mm256_and_si256(_mm256_set1_epi16(q[kGroup * g + c]), has[c]));
         }
-        description.smallest += smallest;
-        sums = _mm256_sub_epi16(sums, _mm256_set1_epi16(static_cast<int16_t>(smallest)));
-        const __m256i both = _mm256_permute4x64_epi64(
-            _mm256_packus_epi16(_mm256_srli_epi16(sums, 8), _mm256_and_si256(sums, _mm256_set1_epi16(255))), 0xd8);
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(_mm256_srli_epi16(table, 8), _mm256_and_si256(table, _mm256_set1_epi16(255))), 0xd8);
         uint8_t* pair = tables + (g / 2) * 4 * kTable + (g % 2) * kTable;
-        store_table(pair, _mm256_castsi256_si128(both));
-        store_table(pair + 2 * kTable, _mm256_extracti128_si256(both, 1));
+        store_table(pair, _mm256_castsi256_si128(bytes));
+        store_table(pair + 2 * kTable, _mm256_extracti128_si256(bytes, 1));
     }
+    return all;
+}
+
+void fill_tables(const InputBlock& block, int bytes, uint8_t* tables, TableBlock& description) {
+    description.step = block.step;
+    description.sum = int64_t{256} * block.sums[0] + block.sums[1];
+    description.smallest = (bytes == 2 ? fill_word_tables : fill_byte_tables)(block.limbs[0], block.limbs[1], tables);
 }
 
 // Sums of the look-ups of one plane of a tile, 16 bits a row: even bytes of the tile, odd bytes, for both nibbles.
@@ -147,7 +181,8 @@ template <int T>
 inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>& sums) {
     using v = typename V::v;
     constexpr int kVectors = static_cast<int>(kPlaneBytes / V::bytes);
-    const v nibble = V::set1(15);
+    // A multiplication picks the odd bytes as a shift would, on ports that shifts and shuffles do not need.
+    const v nibble = V::set1(15), odd_bytes = V::set1_16(0x100);
     v even[T][2], odd[T][2];
     for (int t = 0; t < T; ++t) even[t][0] = even[t][1] = odd[t][0] = odd[t][1] = V::zero();
 #pragma GCC unroll 2
@@ -169,7 +204,7 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
                 // The even bytes are what remains of the sum of 16-bit words once 256 times the odd ones is taken away.
                 const v a = V::shuffle(table[0], index[0][h]), b = V::shuffle(table[1], index[1][h]);
                 even[t][h] = V::add16(even[t][h], V::add16(a, b));
-                odd[t][h] = V::add16(odd[t][h], V::add16(V::template srl<8>(a), V::template srl<8>(b)));
+                odd[t][h] = V::add16(odd[t][h], V::add16(V::maddubs(a, odd_bytes), V::maddubs(b, odd_bytes)));
             }
         }
     }
@@ -186,7 +221,7 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
 static_assert(kGroups * 255 * 7 <= 65535, "three planes in 16 bits");
 
 template <int T>
-void look_up_limbs(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, const uint8_t* tables,
+void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, const uint8_t* tables,
                    const TableBlock* descriptions, float* out) {
     const int lowest = planes.exponents[planes.count - 1];
     int64_t all = 0, offset = 0;
@@ -254,77 +289,78 @@ void look_up_limbs(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
     for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(total[i], unit));
 }
 
-void look_up(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int limbs, const uint8_t* tables,
+void look_up(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int bytes, const uint8_t* tables,
              const TableBlock* descriptions, float* out) {
-    (limbs == 2 ? look_up_limbs<2> : look_up_limbs<1>)(tiles, planes, blocks, tables, descriptions, out);
+    (bytes == 2 ? look_up_bytes<2> : look_up_bytes<1>)(tiles, planes, blocks, tables, descriptions, out);
 }
 
+// a where the mask is set, else b
+inline __m256i select(int mask, __m256i a, __m256i b) { return V::select(_mm256_set1_epi8(static_cast<char>(mask)), a, b); }
+
 // Spread `N` planes at positions 0..N-1 over 4 vectors, one for each column: both nibbles of a byte then hold one row's
-// bits. Two planes at a time trade the fields of odd columns, then two pairs do.
+// bits, and bits of no meaning where there is no plane. Two planes at a time trade the bits of odd columns, then two
+// pairs trade columns 2 and 3.
 template <int N>
-inline void spread(const uint8_t* const* planes, int64_t at, typename V::v* columns) {
-    using v = typename V::v;
-    const v m1 = V::set1(0x55), m2 = V::set1(0x33);
-    const auto merge1 = [&](const uint8_t* a_at, const uint8_t* b_at, v& even, v& odd) {
-        const v a = V::load(a_at + at), b = V::load(b_at + at);
-        even = V::or_(V::and_(a, m1), V::template sll<1>(V::and_(b, m1)));
-        odd = V::or_(V::and_(V::template srl<1>(a), m1), V::andnot(m1, b));
+inline void spread(const uint8_t* const* planes, int64_t at, __m256i* columns) {
+    const auto load = [&](int plane) {
+        return _mm256_load_si256(reinterpret_cast<const __m256i*>(planes[plane] + at));
     };
-    v even, odd;
-    if constexpr (N == 1) {
-        const v a = V::load(planes[0] + at);
-        even = V::and_(a, m1);
-        odd = V::and_(V::template srl<1>(a), m1);
-    } else {
-        merge1(planes[0], planes[1], even, odd);
-    }
-    if constexpr (N <= 2) {
-        columns[0] = V::and_(even, m2);
-        columns[1] = V::and_(odd, m2);
-        columns[2] = V::and_(V::template srl<2>(even), m2);
-        columns[3] = V::and_(V::template srl<2>(odd), m2);
-    } else {
-        v upper_even, upper_odd;
-        if constexpr (N == 3) {
-            const v a = V::load(planes[2] + at);
-            upper_even = V::and_(a, m1);
-            upper_odd = V::and_(V::template srl<1>(a), m1);
+    __m256i even[2], odd[2];
+    for (int pair = 0; pair < (N + 1) / 2; ++pair) {
+        const __m256i a = load(2 * pair), a_odd = _mm256_srli_epi16(a, 1);
+        if (2 * pair + 1 < N) {
+            const __m256i b = load(2 * pair + 1);
+            even[pair] = select(0x55, a, _mm256_slli_epi16(b, 1));
+            odd[pair] = select(0x55, a_odd, b);
         } else {
-            merge1(planes[2], planes[3], upper_even, upper_odd);
+            even[pair] = _mm256_and_si256(a, _mm256_set1_epi8(0x55));
+            odd[pair] = _mm256_and_si256(a_odd, _mm256_set1_epi8(0x55));
         }
-        columns[0] = V::or_(V::and_(even, m2), V::template sll<2>(V::and_(upper_even, m2)));
-        columns[1] = V::or_(V::and_(odd, m2), V::template sll<2>(V::and_(upper_odd, m2)));
-        columns[2] = V::or_(V::and_(V::template srl<2>(even), m2), V::andnot(m2, upper_even));
-        columns[3] = V::or_(V::and_(V::template srl<2>(odd), m2), V::andnot(m2, upper_odd));
+    }
+    const __m256i even2 = _mm256_srli_epi16(even[0], 2), odd2 = _mm256_srli_epi16(odd[0], 2);
+    if constexpr (N > 2) {
+        columns[0] = select(0x33, even[0], _mm256_slli_epi16(even[1], 2));
+        columns[1] = select(0x33, odd[0], _mm256_slli_epi16(odd[1], 2));
+        columns[2] = select(0x33, even2, even[1]);
+        columns[3] = select(0x33, odd2, odd[1]);
+    } else {
+        columns[0] = even[0], columns[1] = odd[0], columns[2] = even2, columns[3] = odd2;
     }
 }
 
 template <int N>
 void unpack_bits(const uint8_t* const* planes, int groups, uint8_t* panel) {
-    using v = typename V::v;
-    constexpr int kVectorGroups = V::bytes / static_cast<int>(kGroupBytes);
-    const v nibble = V::set1(15);
-    for (int g = 0; g < groups; g += kVectorGroups) {
+    constexpr int kLow = N < 4 ? N : 4;
+    // Of 1 or 2 planes, the upper half of a nibble is another column's.
+    const __m256i low_bits = _mm256_set1_epi8(N <= 2 ? 3 : 15);
+    for (int g = 0; g < groups; ++g, panel += kTileRows * kGroup) {
         const int64_t at = g * kGroupBytes;
-        for (const uint8_t* const* plane = planes; plane < planes + N; ++plane) {
-            for (int line = 0; line < V::bytes; line += 64) __builtin_prefetch(*plane + at + line + kPrefetch);
-        }
-        v low[4], first[4], second[4];
-        spread<(N < 4 ? N : 4)>(planes, at, low);
+        __m256i low[4], rows[2][4];
+        spread<kLow>(planes, at, low);
         if constexpr (N <= 4) {
             for (int c = 0; c < 4; ++c) {
-                first[c] = V::and_(low[c], nibble);
-                second[c] = V::and_(V::template srl<4>(low[c]), nibble);
+                rows[0][c] = _mm256_and_si256(low[c], low_bits);
+                rows[1][c] = _mm256_and_si256(_mm256_srli_epi16(low[c], 4), low_bits);
             }
         } else {
-            v high[4];
+            __m256i high[4];
             spread<N - 4>(planes + 4, at, high);
             for (int c = 0; c < 4; ++c) {
-                first[c] = V::or_(V::and_(low[c], nibble), V::template sll<4>(V::and_(high[c], nibble)));
-                second[c] = V::or_(V::and_(V::template srl<4>(low[c]), nibble), V::andnot(nibble, high[c]));
+                if constexpr (N <= 6) high[c] = _mm256_and_si256(high[c], _mm256_set1_epi8(0x33));
+                rows[0][c] = select(15, low[c], _mm256_slli_epi16(high[c], 4));
+                rows[1][c] = select(15, _mm256_srli_epi16(low[c], 4), high[c]);
             }
         }
-        V::interleave(first, second, panel + g * kTileRows * kGroup);
+        for (int h = 0; h < 2; ++h) {
+            const __m256i* c = rows[h];
+            const __m256i low01 = _mm256_unpacklo_epi8(c[0], c[1]), high01 = _mm256_unpackhi_epi8(c[0], c[1]);
+            const __m256i low23 = _mm256_unpacklo_epi8(c[2], c[3]), high23 = _mm256_unpackhi_epi8(c[2], c[3]);
+            auto* to = reinterpret_cast<__m256i*>(panel + 32 * h);
+            _mm256_store_si256(to, _mm256_unpacklo_epi16(low01, low23));
+            _mm256_store_si256(to + 2, _mm256_unpackhi_epi16(low01, low23));
+            _mm256_store_si256(to + 4, _mm256_unpacklo_epi16(high01, high23));
+            _mm256_store_si256(to + 6, _mm256_unpackhi_epi16(high01, high23));
+        }
     }
 }
 
@@ -341,14 +377,33 @@ void unpack(const uint8_t* tile, const Slice& slice, int groups, uint8_t* panel)
     by_bits[slice.bits - 1](planes, groups, panel);
 }
 
+// Call `use` with a count from 1 to M as a constant.
+template <int M, class Use>
+inline void with_count(int count, const Use& use) {
+    if constexpr (M > 1) {
+        if (count < M) return with_count<M - 1>(count, use);
+    }
+    use(std::integral_constant<int, M>{});
+}
+
 inline int32_t word_at(const int8_t* address) {
     int32_t word;
     std::memcpy(&word, address, sizeof word);
     return word;
 }
 
+// Into the second level: the first one is full of weights and inputs.
+template <class T>
+inline void prefetch_ahead(const Inputs<T>& inputs, int group, bool first) {
+    if (!first || inputs.ahead == nullptr) return;
+    for (int64_t at = group * inputs.ahead_bytes; at < (group + 1) * inputs.ahead_bytes; at += 64) {
+        __builtin_prefetch(inputs.ahead + at, 0, 2);
+    }
+}
+
 // A block of R vectors of rows and M batch rows. S products of bytes are added up in 16 bits before they are widened;
 // 0: each is widened at once.
+// Loops over the sums are unrolled to the end, or the compiler keeps the sums in memory.
 template <int R, int M, int S>
 void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inputs, int64_t m0, int row,
                     const Sums& to) {
@@ -357,20 +412,27 @@ void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inpu
     const auto place = [&](int m, int r) { return (m0 + m) * kTileRows + row + r * kLanes; };
     v sums[M][R];
     const int8_t* bases[M];
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
         bases[m] = inputs.bases[m0 + m];
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             sums[m][r] = to.totals != nullptr ? V::load_32(to.totals + place(m, r)) : V::set1_32(to.starts[m0 + m]);
         }
     }
     const auto weights = [&](int g, int r) { return V::load(panel + g * kTileRows * kGroup + r * V::bytes); };
     const auto input = [&](int g, int m) { return V::set1_32(word_at(bases[m] + inputs.offsets[g])); };
+    const bool first = m0 == 0 && row == 0;
     if constexpr (S == 0) {
         for (int g = 0; g < groups; ++g) {
+            prefetch_ahead(inputs, g, first);
             v w[R];
+#pragma GCC unroll 12
             for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
                 const v x = input(g, m);
+#pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) sums[m][r] = V::dot(sums[m][r], w[r], x);
             }
         }
@@ -379,23 +441,35 @@ void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inpu
         for (int g0 = 0; g0 < groups; g0 += S) {
             const int end = std::min(groups, g0 + S);
             v narrow_sums[M][R];
+#pragma GCC unroll 12
+            for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) narrow_sums[m][r] = V::zero();
+            }
             for (int g = g0; g < end; ++g) {
+                prefetch_ahead(inputs, g, first);
                 v w[R];
+#pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+#pragma GCC unroll 12
                 for (int m = 0; m < M; ++m) {
                     const v x = input(g, m);
+#pragma GCC unroll 12
                     for (int r = 0; r < R; ++r) {
-                        const v product = V::maddubs(w[r], x);
-                        narrow_sums[m][r] = g == g0 ? product : V::add16(narrow_sums[m][r], product);
+                        narrow_sums[m][r] = V::add16(narrow_sums[m][r], V::maddubs(w[r], x));
                     }
                 }
             }
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) sums[m][r] = V::add32(sums[m][r], V::madd(narrow_sums[m][r], ones));
             }
         }
     }
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             if (to.totals != nullptr) {
                 V::store_32(to.totals + place(m, r), sums[m][r]);
@@ -406,14 +480,23 @@ void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inpu
     }
 }
 
+// Run `block(m0, std::integral_constant<int, count>)` over the batch in blocks of at most M rows, of even sizes.
+template <int M, class Block>
+inline void split_batch(int64_t batch, const Block& block) {
+    const int64_t blocks = (batch + M - 1) / M;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t m0 = batch * i / blocks;
+        const int count = static_cast<int>(batch * (i + 1) / blocks - m0);
+        with_count<M>(count, [&](auto constant) { block(m0, constant); });
+    }
+}
+
 template <int R, int M, int S>
 void multiply_rows(const uint8_t* panel, int groups, int64_t batch, const Inputs<int8_t>& inputs, int row,
                    const Sums& to) {
-    panel += row * kGroup;
-    int64_t m = 0;
-    for (; m + M <= batch; m += M) multiply_block<R, M, S>(panel, groups, inputs, m, row, to);
-    for (; m + 2 <= batch; m += 2) multiply_block<R, 2, S>(panel, groups, inputs, m, row, to);
-    for (; m < batch; ++m) multiply_block<R, 1, S>(panel, groups, inputs, m, row, to);
+    split_batch<M>(batch, [&](int64_t m0, auto count) {
+        multiply_block<R, count(), S>(panel + row * kGroup, groups, inputs, m0, row, to);
+    });
 }
 
 template <int S>
@@ -466,28 +549,106 @@ void convert(const uint8_t* panel, const Slice& slice, bool add, int groups, flo
     }
 }
 
+// Few batch rows: the bytes become floats on their way to the product.
+template <int R, int M, bool Signed>
+void multiply_codes_block(const uint8_t* panel, int offset, float unit, int groups, int row_vectors,
+                          const Inputs<float>& inputs, float* out) {
+    using v = typename V::v;
+    using f = typename V::f;
+    constexpr int kLanes = V::bytes / 4;
+    const v offsets = V::set1(offset);
+    for (int row = 0; row < 16 * row_vectors; row += R * kLanes) {
+        f sums[M][R];
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) sums[m][r] = V::zero_f();
+        }
+        for (int g = 0; g < groups; ++g) {
+            prefetch_ahead(inputs, g, row == 0);
+            v codes[R];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                codes[r] = V::sub8(V::load(panel + (g * kTileRows + row + r * kLanes) * kGroup), offsets);
+            }
+            const auto column = [&](auto c) {
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+                    const f weights = V::template column_to_float<c(), Signed>(codes[r]);
+#pragma GCC unroll 12
+                    for (int m = 0; m < M; ++m) {
+                        const f x = V::set1_f(inputs.bases[m][inputs.offsets[g] + c()]);
+                        sums[m][r] = V::fma(weights, x, sums[m][r]);
+                    }
+                }
+            };
+            column(std::integral_constant<int, 0>{});
+            column(std::integral_constant<int, 1>{});
+            column(std::integral_constant<int, 2>{});
+            column(std::integral_constant<int, 3>{});
+        }
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                float* to = out + m * kTileRows + row + r * kLanes;
+                V::store_f(to, V::fma(sums[m][r], V::set1_f(unit), V::load_f(to)));
+            }
+        }
+    }
+}
+
+template <int R, int M>
+void multiply_codes_signed(const uint8_t* panel, const Slice& slice, int groups, int row_vectors,
+                           const Inputs<float>& inputs, float* out) {
+    const float unit = static_cast<float>(1 << slice.lowest);
+    (slice.offset > 0 ? multiply_codes_block<R, M, true> : multiply_codes_block<R, M, false>)(
+        panel, slice.offset, unit, groups, row_vectors, inputs, out);
+}
+
+template <int M>
+void multiply_codes_rows(const uint8_t* panel, const Slice& slice, int groups, int row_vectors,
+                         const Inputs<float>& inputs, float* out) {
+    constexpr int kVectors = 64 / V::bytes;  // of 16 rows
+    constexpr int R = 2 * kVectors;
+    (row_vectors % 2 == 0 ? multiply_codes_signed<R, M> : multiply_codes_signed<kVectors, M>)(
+        panel, slice, groups, row_vectors, inputs, out);
+}
+
+void multiply_codes(const uint8_t* panel, const Slice& slice, int groups, int row_vectors, int64_t batch,
+                    const Inputs<float>& inputs, float* out) {
+    (batch == 1 ? multiply_codes_rows<1> : multiply_codes_rows<2>)(panel, slice, groups, row_vectors, inputs, out);
+}
+
 template <int R, int M>
 void multiply_float_block(const float* floats, int groups, const Inputs<float>& inputs, int64_t m0, float* out) {
     using f = typename V::f;
     constexpr int kLanes = V::bytes / 4;
     f sums[M][R];
     const float* bases[M];
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
         bases[m] = inputs.bases[m0 + m];
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) sums[m][r] = V::zero_f();
     }
     for (int g = 0; g < groups; ++g) {
         const int32_t offset = inputs.offsets[g];
         for (int c = 0; c < kGroup; ++c) {
             f w[R];
+#pragma GCC unroll 12
             for (int r = 0; r < R; ++r) w[r] = V::load_f(floats + (g * kGroup + c) * kTileRows + r * kLanes);
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
                 const f x = V::set1_f(bases[m][offset + c]);
+#pragma GCC unroll 12
                 for (int r = 0; r < R; ++r) sums[m][r] = V::fma(w[r], x, sums[m][r]);
             }
         }
     }
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             float* to = out + (m0 + m) * kTileRows + r * kLanes;
             V::store_f(to, V::add_f(V::load_f(to), sums[m][r]));
@@ -497,10 +658,9 @@ void multiply_float_block(const float* floats, int groups, const Inputs<float>& 
 
 template <int R, int M>
 void multiply_float_rows(const float* floats, int groups, int64_t batch, const Inputs<float>& inputs, float* out) {
-    int64_t m = 0;
-    for (; m + M <= batch; m += M) multiply_float_block<R, M>(floats, groups, inputs, m, out);
-    for (; m + 2 <= batch; m += 2) multiply_float_block<R, 2>(floats, groups, inputs, m, out);
-    for (; m < batch; ++m) multiply_float_block<R, 1>(floats, groups, inputs, m, out);
+    split_batch<M>(batch, [&](int64_t m0, auto count) {
+        multiply_float_block<R, count()>(floats, groups, inputs, m0, out);
+    });
 }
 
 void multiply_floats(const float* floats, int groups, int row_vectors, int64_t batch, const Inputs<float>& inputs,
@@ -591,13 +751,11 @@ void gather_floats(const float* from, int64_t stride, int channels, int64_t coun
 }
 
 void add_channels(const int8_t* from, int64_t count, int32_t* sums) {
-    const __m256i ones = _mm256_set1_epi8(1), wide_ones = _mm256_set1_epi16(1);
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + kGroup * i));
-        const __m256i channels = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), wide_ones);
         auto* to = reinterpret_cast<__m256i*>(sums + i);
-        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), channels));
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sums_of_four(bytes)));
     }
     for (; i < count; ++i) {
         for (int c = 0; c < kGroup; ++c) sums[i] += from[kGroup * i + c];
@@ -625,6 +783,6 @@ void store_transposed(const float* from, int rows, int64_t count, const float* s
 }
 
 constexpr BitserialKernels kBitserial = {
-    V::slice_bits,   V::table_copies, quantize,     fill_tables,   look_up,      unpack,           multiply, convert,
-    multiply_floats, largest,         gather_bytes, gather_floats, add_channels, store_transposed,
+    V::slice_bits,   V::table_copies, quantize, fill_tables,  look_up,       unpack,       multiply,         convert,
+    multiply_floats, multiply_codes,  largest,  gather_bytes, gather_floats, add_channels, store_transposed,
 };
