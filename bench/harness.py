@@ -147,6 +147,17 @@ def circumstances(device: str) -> dict[str, Any]:
     }
 
 
+def announce(context: dict[str, Any]) -> None:
+    """Print ``circumstances`` above the table."""
+    for key, value in context.items():
+        print(f"{key}: {value}")
+
+
+def shape_list(text: str) -> list[tuple[int, ...]]:
+    """``"1024x1024,64x3x3"`` as tuples, for an option."""
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+
+
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append one JSON object a line; old lines are never touched."""
     path.parent.mkdir(parents=True, exist_ok=True)
