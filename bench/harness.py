@@ -17,6 +17,7 @@ import torch
 import csq_kernels
 
 COPY_BYTES = 256 << 20  # larger than any cache, so a copy also evicts the operands of the call that follows
+AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread over the cores
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,6 +57,16 @@ def seconds(run: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def steady_seconds(run: Callable[[], object]) -> float:
+    """Time a call on the processor after calls that take ``AWAKE_SECONDS`` together; a longer call is timed at once."""
+    elapsed = 0.0
+    while True:
+        latest = seconds(run, "cpu")
+        elapsed += latest
+        if elapsed > AWAKE_SECONDS:
+            return latest
 
 
 def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dict[str, Spread], float]:

@@ -1,6 +1,6 @@
 """Linear layers with few bits a weight, from this library and from others, behind one interface.
 
-A family is a module with ``available()``, the reason why its library cannot run, or None; ``version()``; ``providers()``.
+A family is a module with ``available()``, None or the reason why its library cannot run, ``version()``, ``providers()``
 """
 
 import math
@@ -39,8 +39,8 @@ class Provider(Protocol):
 def chain(shape: Shape, bits: float, batch: int) -> list[Shape]:
     """The layers of a walk, each weight shape followed by its transpose, so that outputs fit the next layer.
 
-    A call that takes longer needs fewer layers to be timed well: ``COLD_BYTES`` over the batch, and two at the least.
+    A walk stores ``COLD_BYTES``, less in proportion above 8 inputs, where a walk takes long enough with fewer layers.
     """
     pair = [shape, shape[::-1]]
     pair_bytes = 2 * math.prod(shape) * bits / 8
-    return pair * max(1, math.ceil(COLD_BYTES / batch / pair_bytes))
+    return pair * max(1, math.ceil(COLD_BYTES / max(1, batch / 8) / pair_bytes))

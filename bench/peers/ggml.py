@@ -23,6 +23,19 @@ class InitParams(ctypes.Structure):
     _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+class ThreadpoolParams(ctypes.Structure):
+    """``poll``: how long idle threads spin; 0 puts them to sleep, so that nothing that runs next is slowed."""
+
+    _fields_ = [
+        ("cpumask", c_bool * 512),
+        ("threads", c_int),
+        ("priority", c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict", c_bool),
+        ("paused", c_bool),
+    ]
+
+
 LogCallback = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)
 
 PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
@@ -42,6 +55,10 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "ggml_backend_cpu_init": (c_void_p,),
     "ggml_log_set": (None, LogCallback, c_void_p),
     "ggml_backend_cpu_set_n_threads": (None, c_void_p, c_int),
+    "ggml_backend_cpu_set_threadpool": (None, c_void_p, c_void_p),
+    "ggml_threadpool_params_init": (None, c_void_p, c_int),
+    "ggml_threadpool_new": (c_void_p, c_void_p),
+    "ggml_threadpool_free": (None, c_void_p),
     "ggml_cpu_has_avx2": (c_int,),
     "ggml_cpu_has_avx512": (c_int,),
     "ggml_backend_cpu_repack_buffer_type": (c_void_p,),
@@ -81,6 +98,21 @@ class Library:
         self.silence = LogCallback(lambda level, text, data: None)  # a line for each repacked tensor otherwise
         self.log_set(self.silence, None)
         self.backend = self.backend_cpu_init()
+        self.threads, self.threadpool = 0, None
+
+    def set_threads(self, threads: int) -> None:
+        """Keep a pool of so many threads; without one every graph would start threads of its own."""
+        if threads == self.threads:
+            return
+        params = ThreadpoolParams()
+        self.threadpool_params_init(ctypes.byref(params), threads)
+        params.poll = 0
+        threadpool = self.threadpool_new(ctypes.byref(params))
+        self.backend_cpu_set_n_threads(self.backend, threads)
+        self.backend_cpu_set_threadpool(self.backend, threadpool)
+        if self.threadpool is not None:
+            self.threadpool_free(self.threadpool)
+        self.threads, self.threadpool = threads, threadpool
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"expected a function of {sorted(PROTOTYPES)}, got ggml_{name}")
@@ -150,8 +182,7 @@ class MulMat:
     repack: bool = False
 
     def walk(self, shape: Shape, batch: int, threads: int) -> Walk:
-        ggml = library()
-        ggml.backend_cpu_set_n_threads(ggml.backend, threads)
+        library().set_threads(threads)
         shapes = chain(shape, self.bits, batch)
         layers = Chain(self.kind, self.repack, shapes, batch)
         return Walk(layers.run, layers=len(shapes), weight_bytes=layers.weight_bytes)

@@ -24,8 +24,7 @@ def version() -> dict[str, str]:
 
 
 def session(weights: Sequence[np.ndarray], scales: Sequence[float], bits: int, level: int, threads: int, lut: bool):
-    """A session of one MatMulNBits after another, input ``x``; weights uint8 (N, K bits / 8), value code - 2^(bits-1)."""
-    import onnx
+    """One MatMulNBits after another, input ``x``; weights uint8 (N, K bits / 8), their codes offset by 2^(bits - 1)."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 

@@ -1,4 +1,4 @@
-"""Linear layers of packed bit-planes against float and low-bit layers of other libraries; the weights come from memory."""
+"""Linear layers of packed bit-planes against those of other libraries; the weights come from memory."""
 
 import argparse
 import itertools
@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
-from harness import Spread, announce, circumstances, shape_list
-from peers import FAMILIES, Shape
+from harness import Spread, announce, circumstances, shape_list, steady_seconds
+from peers import COLD_BYTES, FAMILIES, Shape
 from peers.csq import PRECISIONS
 from workers import Ready, Worker
 
 from csq_kernels import _native
 
-READ_BYTES = 256 << 20  # larger than any cache, so a pass also evicts the weights of the walk that follows
 SETTLE_SECONDS = 0.01  # longer than OpenMP threads spin after a parallel region
 FLOAT = ("torch fp32", 32)  # the yardstick, which always runs
 AVX2_ENVIRONMENT = {
@@ -29,45 +28,45 @@ AVX2_ENVIRONMENT = {
 
 
 class ReadCeiling:
-    """The bandwidth at which so many threads read a buffer, measured between the walks."""
+    """The bandwidth at which so many threads read as much as a walk stores, measured between the walks.
+
+    A pass also evicts the weights of the walk that follows.
+    """
 
     def __init__(self, threads: int) -> None:
-        self.buffer = np.ones(READ_BYTES, np.uint8)
+        self.buffer = np.ones(COLD_BYTES, np.uint8)
         self.threads = threads
         self.seconds: list[float] = []
 
+    def read(self) -> None:
+        _native.module.read_bandwidth_pass(self.buffer.ctypes.data, self.buffer.nbytes, self.threads)
+
     def measure(self) -> None:
-        started = time.perf_counter()
-        _native.module.read_bandwidth_pass(self.buffer.ctypes.data, READ_BYTES, self.threads)
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds.append(steady_seconds(self.read))
 
     def bytes_per_second(self) -> float:
-        return READ_BYTES / statistics.median(self.seconds)
+        return self.buffer.nbytes / statistics.median(self.seconds)
 
 
 Key = tuple[str, int]  # name, bits
 
 
 def interleave(walks: list[tuple[Worker, Key]], rounds: int, threads: int) -> tuple[dict[Key, Spread], float]:
-    """Time all walks in turn, ``rounds`` times, each after a walk of its own that is not timed and a read pass.
+    """Time all walks in turn, ``rounds`` times after one that does not count, each after a read pass.
 
     Returns:
         The spread of the seconds a layer of each walk, and the read ceiling in bytes per second.
     """
     ceiling = ReadCeiling(threads)
-    ceiling.measure()
-    ceiling.seconds.clear()
     times: dict[Key, list[float]] = {key: [] for _, key in walks}
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         for worker, key in walks:
-            worker.ask("time", key)
-            worker.answer()
             time.sleep(SETTLE_SECONDS)
             ceiling.measure()
             time.sleep(SETTLE_SECONDS)
             worker.ask("time", key)
             times[key].append(worker.answer())
-    return {key: Spread.of(t) for key, t in times.items()}, ceiling.bytes_per_second()
+    return {key: Spread.of(t[1:]) for key, t in times.items()}, ceiling.bytes_per_second()
 
 
 def measure(
