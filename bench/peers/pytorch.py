@@ -1,5 +1,6 @@
 """PyTorch's own linear layers on the CPU."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,9 @@ def dynamic(shape: Shape, engine: str) -> Layer:
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
     scales = torch.full(shape[:1], 1 / (73 * shape[1] ** 0.5), dtype=torch.float64)
     zeros = torch.zeros(shape[0], dtype=torch.long)
-    weight = torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still the fastest int8 layer of PyTorch on a CPU
+        weight = torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0)
     packed = torch.ops.quantized.linear_prepack(weight, None)
     return Layer(lambda x: torch.ops.quantized.linear_dynamic(x, packed, True), codes.nbytes + 4 * shape[0])
 
