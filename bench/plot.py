@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = {"csq int8": "C0", "csq high": "C1", "csq exact": "C2"}
@@ -52,14 +52,16 @@ def draw(axes: Axes, rows: list[Row]) -> None:
         best = group[0]
         place = (bits, 1e3 * best["seconds"]["median"])
         short = best["provider"].removeprefix("ggml ").removeprefix("ort ").removeprefix("torch ")
-        axes.annotate(short, place, xytext=(4, -9), textcoords="offset points", fontsize=6, color="0.25")
+        box = {"boxstyle": "square,pad=0.05", "color": "white", "alpha": 0.7}
+        axes.annotate(short, place, xytext=(4, -9), textcoords="offset points", fontsize=6, color="0.25", bbox=box)
     n, k = rows[0]["shape"]
     floor = [1e3 * bits * n * k / 8 / rows[0]["read_bytes_per_second"] for bits in range(1, WIDEST + 1)]
     axes.plot(range(1, WIDEST + 1), floor, ":", color="black", label="weights at the read ceiling")
-    axes.set(yscale="log", xticks=range(1, WIDEST + 1))
+    axes.set(yscale="log", xticks=range(1, WIDEST + 1), xlim=(0.5, WIDEST + 2))
+    axes.tick_params(labelsize=8)
     axes.set_title(f"batch {rows[0]['batch']}, threads {rows[0]['threads']}", fontsize=9)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.minorticks_off()
     axes.grid(alpha=0.3)
 
@@ -79,8 +81,10 @@ def bitserial(rows: list[Row], folder: Path) -> list[Path]:
         legends = [axes.get_legend_handles_labels() for axes in grid.flat]
         handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
-        figure.supxlabel("stored bits", fontsize=9)
-        figure.supylabel("ms a layer", fontsize=9)
+        for axes in grid[-1]:
+            axes.set_xlabel("stored bits", fontsize=9)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("ms a layer", fontsize=9)
         name = "x".join(map(str, shape))
         figure.suptitle(f"{name}, cold weights, {next(iter(panels.values()))[0]['machine']['isa']}", fontsize=10)
         for suffix in ("png", "svg"):

@@ -1,5 +1,6 @@
-"""pytest-benchmark entries of the packed linear layer, ``pytest bench/test_bitserial.py``. ``run.py`` compares."""
+"""pytest-benchmark entries of two packed linear layers in the cache. ``run.py`` compares, with weights from memory."""
 
+import peers
 import pytest
 import torch
 from peers import csq, ort, pytorch
@@ -10,10 +11,11 @@ PROVIDERS = [*csq.providers(), *pytorch.providers()]
 
 @pytest.mark.parametrize("batch", (1, 8))
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: f"{provider.name} {provider.bits} bit")
-def test_bitserial(benchmark, provider, batch: int) -> None:
+def test_bitserial(benchmark, monkeypatch, provider: peers.Provider, batch: int) -> None:
+    monkeypatch.setattr(peers, "COLD_BYTES", 0)
     walk = provider.walk(SHAPE, batch, torch.get_num_threads())
-    benchmark.group = f"bitserial batch {batch}, {walk.layers} layers"
-    benchmark.pedantic(walk.run, rounds=5, warmup_rounds=1)
+    benchmark.group = f"bitserial batch {batch}"
+    benchmark.pedantic(walk.run, rounds=20, warmup_rounds=2)
 
 
 @pytest.mark.skipif(ort.available() is not None, reason=str(ort.available()))
