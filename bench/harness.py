@@ -17,6 +17,7 @@ import torch
 import csq_kernels
 
 COPY_BYTES = 256 << 20  # larger than any cache, so a copy also evicts the operands of the call that follows
+AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread over the cores
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,6 +57,16 @@ def seconds(run: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def steady_seconds(run: Callable[[], object]) -> float:
+    """Time a call on the processor after calls that take ``AWAKE_SECONDS`` together; a longer call is timed at once."""
+    elapsed = 0.0
+    while True:
+        latest = seconds(run, "cpu")
+        elapsed += latest
+        if elapsed > AWAKE_SECONDS:
+            return latest
 
 
 def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dict[str, Spread], float]:
@@ -145,6 +156,17 @@ def circumstances(device: str) -> dict[str, Any]:
         "flags": sys.argv[1:],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def announce(context: dict[str, Any]) -> None:
+    """Print ``circumstances`` above the table."""
+    for key, value in context.items():
+        print(f"{key}: {value}")
+
+
+def shape_list(text: str) -> list[tuple[int, ...]]:
+    """``"1024x1024,64x3x3"`` as tuples, for an option."""
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """pytest-benchmark entries of the reconstruction, ``pytest bench/test_reconstruct.py``. ``run.py`` compares."""
 
 import pytest
-from run import MODES, PROVIDERS, Reconstruct
+from suites.reconstruct import MODES, PROVIDERS, Reconstruct
 
 SHAPES = [(64, 64), (1024, 1024)]
 
