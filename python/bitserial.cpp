@@ -218,6 +218,14 @@ void bind_bitserial(py::module_& m) {
         .def("__call__", &run_linear, unlocked, "output = input W^T + bias for a weight in tiles; bias may be 0.",
              py::arg("input"), py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("batch"),
              py::arg("precision"), py::arg("threads"));
+    m.def(
+        "bitserial_weight",
+        [](const Linear& linear, Address tiles, Address step, Address output, int threads) {
+            require_from("threads", threads, 1);
+            cpu::bitserial_weight(with_memory(linear.weight, tiles, step, 0), array<float>("output", output), threads);
+        },
+        unlocked, "The weight itself, columns in the order of the tiles.", py::arg("linear"), py::arg("tiles"),
+        py::arg("step"), py::arg("output"), py::arg("threads"));
     py::class_<Conv2d>(m, "BitserialConv2d", "A packed convolution, but for its memory and the size of the input.")
         .def(py::init(&make_conv2d), py::arg("rows"), py::arg("channels"), py::arg("kernel"), py::arg("stride"),
              py::arg("padding"), py::arg("dilation"), py::arg("coefficients"), py::arg("step_per_row"))

@@ -46,7 +46,7 @@ def restore_isa_and_threads():
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """Fill what ``csq_kernels`` allocates uninitialised with NaN, between two guards that must be intact in the end."""
+    """Fill what ``csq_kernels`` allocates uninitialised with NaN, bytes with 0xAA, between two guards that must be intact in the end."""
     guarded = []
 
     def poison(owner: object, name: str) -> None:
@@ -58,7 +58,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch):
                 return tensor
             buffer = torch.full((tensor.numel() + 2 * GUARD,), SENTINEL, dtype=tensor.dtype, device=tensor.device)
             guarded.append(buffer)
-            return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).fill_(torch.nan)
+            poison = torch.nan if tensor.is_floating_point() else 0xAA
+            return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).fill_(poison)
 
         monkeypatch.setattr(owner, name, allocate_poisoned)
 

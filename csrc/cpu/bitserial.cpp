@@ -443,6 +443,31 @@ const BitserialKernels& bitserial_kernels(Isa isa) {
     }
 }
 
+void bitserial_weight(const PackedWeight& weight, float* output, int threads) {
+    const BitserialKernels& kernels = bitserial_kernels(current_isa());
+    const Slices slices = slices_of(weight.planes, 8);
+    const int64_t blocks = ceil_div(weight.columns, kTileColumns), bands = ceil_div(weight.rows, kTileRows);
+    const int members = team(8 * weight.rows * weight.columns, bands, threads);
+#pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
+    for (int64_t band = 0; band < bands; ++band) {
+        alignas(64) uint8_t panel[kPanelBytes];
+        alignas(64) float floats[kPanelBytes];
+        if (slices.count == 0) std::fill_n(floats, kPanelBytes, 0.0f);
+        Epilogue epilogue(weight, band);
+        std::fill_n(epilogue.bias, kTileRows, 0.0f);
+        const uint8_t* tile = weight.tiles + band * blocks * weight.planes.count * kPlaneBytes;
+        for (int64_t block = 0; block < blocks; ++block, tile += weight.planes.count * kPlaneBytes) {
+            for (int s = 0; s < slices.count; ++s) {
+                kernels.unpack(tile, slices.list[s], kGroups, panel);
+                kernels.convert(panel, slices.list[s], s > 0, kGroups, floats);
+            }
+            const int64_t columns = std::min(kTileColumns, weight.columns - block * kTileColumns);
+            kernels.store_transposed(floats, epilogue.rows, columns, epilogue.step, epilogue.bias,
+                                     output + band * kTileRows * weight.columns + block * kTileColumns, weight.columns);
+        }
+    }
+}
+
 int64_t bitserial_linear_scratch(const PackedWeight& weight, Precision precision, int64_t batch) {
     Arena arena(nullptr);
     LinearScratch(arena, bitserial_kernels(current_isa()), weight, precision, batch);

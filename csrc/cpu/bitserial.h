@@ -37,6 +37,9 @@ void tile_planes(const uint8_t* planes, int64_t rows, int64_t stream_columns, co
 void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,
                    const PlaneSet& set, uint8_t* planes);
 
+// weight [rows, columns] = step * z, one rounding each, columns in the order of the tiles; bias is not read.
+void bitserial_weight(const PackedWeight& weight, float* output, int threads);
+
 // output [batch, rows] = input [batch, columns] W^T + bias
 void bitserial_linear(const PackedWeight& weight, Precision precision, int64_t batch, const float* input, float* output,
                       uint8_t* scratch, int threads);

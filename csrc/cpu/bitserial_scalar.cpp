@@ -100,12 +100,12 @@ void convert(const uint8_t* panel, const Slice& slice, bool add, int groups, flo
 void multiply_floats(const float* floats, int groups, int row_vectors, int64_t batch, const Inputs<float>& inputs,
                      float* out) {
     for (int64_t m = 0; m < batch; ++m) {
-        float sums[kTileRows] = {};
+        double sums[kTileRows] = {};
         for (int i = 0; i < groups * kGroup; ++i) {
-            const float x = inputs.bases[m][inputs.offsets[i / kGroup] + i % kGroup];
+            const double x = inputs.bases[m][inputs.offsets[i / kGroup] + i % kGroup];
             for (int r = 0; r < 16 * row_vectors; ++r) sums[r] += floats[i * kTileRows + r] * x;
         }
-        for (int r = 0; r < 16 * row_vectors; ++r) out[m * kTileRows + r] += sums[r];
+        for (int r = 0; r < 16 * row_vectors; ++r) out[m * kTileRows + r] += static_cast<float>(sums[r]);
     }
 }
 

@@ -549,8 +549,9 @@ void convert(const uint8_t* panel, const Slice& slice, bool add, int groups, flo
     }
 }
 
-// Few batch rows: the bytes become floats on their way to the product.
-template <int R, int M, bool Signed>
+// Few batch rows: the bytes become floats on their way to the product. P partial sums, for columns modulo P, keep the
+// rounding errors of a long sum down where so few others could hide them.
+template <int R, int M, int P, bool Signed>
 void multiply_codes_block(const uint8_t* panel, int offset, float unit, int groups, int row_vectors,
                           const Inputs<float>& inputs, float* out) {
     using v = typename V::v;
@@ -558,11 +559,14 @@ void multiply_codes_block(const uint8_t* panel, int offset, float unit, int grou
     constexpr int kLanes = V::bytes / 4;
     const v offsets = V::set1(offset);
     for (int row = 0; row < 16 * row_vectors; row += R * kLanes) {
-        f sums[M][R];
+        f sums[P][M][R];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) {
+            for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) sums[m][r] = V::zero_f();
+                for (int r = 0; r < R; ++r) sums[p][m][r] = V::zero_f();
+            }
         }
         for (int g = 0; g < groups; ++g) {
             prefetch_ahead(inputs, g, row == 0);
@@ -578,7 +582,7 @@ void multiply_codes_block(const uint8_t* panel, int offset, float unit, int grou
 #pragma GCC unroll 12
                     for (int m = 0; m < M; ++m) {
                         const f x = V::set1_f(inputs.bases[m][inputs.offsets[g] + c()]);
-                        sums[m][r] = V::fma(weights, x, sums[m][r]);
+                        sums[c() % P][m][r] = V::fma(weights, x, sums[c() % P][m][r]);
                     }
                 }
             };
@@ -591,28 +595,23 @@ void multiply_codes_block(const uint8_t* panel, int offset, float unit, int grou
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
+                f sum = V::add_f(sums[0][m][r], sums[1][m][r]);
+                if constexpr (P == 4) sum = V::add_f(sum, V::add_f(sums[2][m][r], sums[3][m][r]));
                 float* to = out + m * kTileRows + row + r * kLanes;
-                V::store_f(to, V::fma(sums[m][r], V::set1_f(unit), V::load_f(to)));
+                V::store_f(to, V::fma(sum, V::set1_f(unit), V::load_f(to)));
             }
         }
     }
 }
 
-template <int R, int M>
-void multiply_codes_signed(const uint8_t* panel, const Slice& slice, int groups, int row_vectors,
-                           const Inputs<float>& inputs, float* out) {
-    const float unit = static_cast<float>(1 << slice.lowest);
-    (slice.offset > 0 ? multiply_codes_block<R, M, true> : multiply_codes_block<R, M, false>)(
-        panel, slice.offset, unit, groups, row_vectors, inputs, out);
-}
-
 template <int M>
 void multiply_codes_rows(const uint8_t* panel, const Slice& slice, int groups, int row_vectors,
                          const Inputs<float>& inputs, float* out) {
-    constexpr int kVectors = 64 / V::bytes;  // of 16 rows
-    constexpr int R = 2 * kVectors;
-    (row_vectors % 2 == 0 ? multiply_codes_signed<R, M> : multiply_codes_signed<kVectors, M>)(
-        panel, slice, groups, row_vectors, inputs, out);
+    constexpr int R = 64 / V::bytes;  // 16 rows
+    constexpr int P = V::bytes == 64 || M == 1 ? 4 : 2;
+    const float unit = static_cast<float>(1 << slice.lowest);
+    (slice.offset > 0 ? multiply_codes_block<R, M, P, true> : multiply_codes_block<R, M, P, false>)(
+        panel, slice.offset, unit, groups, row_vectors, inputs, out);
 }
 
 void multiply_codes(const uint8_t* panel, const Slice& slice, int groups, int row_vectors, int64_t batch,
@@ -620,20 +619,26 @@ void multiply_codes(const uint8_t* panel, const Slice& slice, int groups, int ro
     (batch == 1 ? multiply_codes_rows<1> : multiply_codes_rows<2>)(panel, slice, groups, row_vectors, inputs, out);
 }
 
+// As many partial sums, for columns modulo P, as the registers hold.
 template <int R, int M>
 void multiply_float_block(const float* floats, int groups, const Inputs<float>& inputs, int64_t m0, float* out) {
     using f = typename V::f;
     constexpr int kLanes = V::bytes / 4;
-    f sums[M][R];
+    constexpr int P = 2 * R * M <= V::rows * V::float_batch ? 2 : 1;
+    f sums[P][M][R];
     const float* bases[M];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
         bases[m] = inputs.bases[m0 + m];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) sums[m][r] = V::zero_f();
+            for (int r = 0; r < R; ++r) sums[p][m][r] = V::zero_f();
+        }
     }
     for (int g = 0; g < groups; ++g) {
         const int32_t offset = inputs.offsets[g];
+#pragma GCC unroll 4
         for (int c = 0; c < kGroup; ++c) {
             f w[R];
 #pragma GCC unroll 12
@@ -642,7 +647,7 @@ void multiply_float_block(const float* floats, int groups, const Inputs<float>& 
             for (int m = 0; m < M; ++m) {
                 const f x = V::set1_f(bases[m][offset + c]);
 #pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) sums[m][r] = V::fma(w[r], x, sums[m][r]);
+                for (int r = 0; r < R; ++r) sums[c % P][m][r] = V::fma(w[r], x, sums[c % P][m][r]);
             }
         }
     }
@@ -651,7 +656,8 @@ void multiply_float_block(const float* floats, int groups, const Inputs<float>& 
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             float* to = out + (m0 + m) * kTileRows + r * kLanes;
-            V::store_f(to, V::add_f(V::load_f(to), sums[m][r]));
+            if constexpr (P == 2) sums[0][m][r] = V::add_f(sums[0][m][r], sums[1][m][r]);
+            V::store_f(to, V::add_f(V::load_f(to), sums[0][m][r]));
         }
     }
 }
