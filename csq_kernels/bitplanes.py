@@ -43,6 +43,23 @@ def check_coefficients(coefficients: Sequence[int]) -> None:
         )
 
 
+def to_masks(coefficients: Sequence[int]) -> tuple[int, int]:
+    """The coefficients as two sets of exponents, bit ``b`` for ``2^b``: all of them, and the negative ones.
+
+    >>> to_masks((-8, 4, 1))
+    (13, 8)
+    """
+    return sum(abs(k) for k in coefficients), sum(-k for k in coefficients if k < 0)
+
+
+def from_masks(stored: int, negative: int) -> tuple[int, ...]:
+    """The coefficients of which ``to_masks`` made the sets; ``ValueError`` if these are none."""
+    if not 0 <= stored < 1 << MAX_PLANES or negative & ~stored:
+        raise ValueError(f"expected exponents below {MAX_PLANES}, the negative ones among them, got {stored, negative}")
+    powers = (1 << bit for bit in reversed(range(MAX_PLANES)))
+    return tuple(-power if power & negative else power for power in powers if power & stored)
+
+
 def _pack(bits: Tensor) -> Tensor:
     """A flat bool tensor as bytes."""
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8))
@@ -68,6 +85,18 @@ def _runs(active: Collection[int]) -> Iterator[tuple[int, int]]:
             low, length = bit, 1
     if length:
         yield low, length
+
+
+def widest(active: Collection[int]) -> tuple[int, ...]:
+    """The coefficients that codes with digits at the ``active`` exponents need at most.
+
+    >>> widest({0, 1, 4})
+    (-32, 16, -4, 2, 1)
+    """
+    rising: list[int] = []
+    for low, length in _runs(active):
+        rising += [1 << (low + bit) for bit in range(length)] + [-1 << (low + length)]
+    return tuple(reversed(rising))
 
 
 def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor, tuple[int, ...]]:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from csq_kernels import backends  # noqa: F401  (registers the implementations of the ops)
+from csq_kernels import backends
+from csq_kernels.backends import tile, untile
+
+__all__ = ["bitserial_conv2d", "bitserial_linear", "bitserial_weight", "reconstruct", "tile", "untile"]
 
 _reconstruct = torch.ops.csq.reconstruct.default
 _reconstruct_backward = torch.ops.csq.reconstruct_backward.default

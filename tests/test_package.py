@@ -20,13 +20,13 @@ PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"bitplanes", "_native"},
+    {"bitplanes", "_native", "files", "table"},
     {"_ops"},
     {"reference", "backends"},
     {"functional"},
     {"nn"},
     {"budget", "report", "search", "optim", "packed"},
-    {"train", "cli", "__init__"},
+    {"train", "commands", "cli", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # info() reports the choices of the backends: it looks upward when it is called, never at import.

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from csq_kernels.files import write_atomically
+
 VERSION = 1
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev"
@@ -14,20 +16,6 @@ KEYS = frozenset({"version", "phase", "step", "model", "optimizer", "search", "r
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and says what still stands."""
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call ``write(file)`` on a temporary file next to ``path`` and put it in place once it is safely on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

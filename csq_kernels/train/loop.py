@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csq_kernels as csq
+from csq_kernels.files import write_atomically
 from csq_kernels.train import checkpoint, data, models
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def _truncate_metrics(path: Path, iteration: int) -> None:
         if record["iteration"] > iteration:
             break
         kept.append(line + "\n")
-    checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -358,7 +359,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _device(name: str) -> torch.device:
