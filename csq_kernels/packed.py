@@ -153,12 +153,9 @@ class PackedFile:
         return written | sizes | {"packed": self.summary.to_dict()}
 
     def __str__(self) -> str:
-        ratio = self.float_bytes / self.file_bytes
-        return (
-            f"{self.summary}\n\n{self.path}: {self.file_bytes:,} bytes, {ratio:.1f}x less than {self.float_bytes:,} with "
-            f"float32 weights;\nof them {self.rest_bytes:,} bytes of tensors that stay float and {self.header_bytes:,} "
-            f"of header; by {self.producer}"
-        )
+        ratio = f"{self.float_bytes / self.file_bytes:.1f}x less than {self.float_bytes:,} with float32 weights"
+        rest = f"{self.rest_bytes:,} of them stay float, {self.header_bytes:,} are the header; by {self.producer}"
+        return f"{self.summary}\n\n{self.path}: {self.file_bytes:,} bytes, {ratio};\n{rest}"
 
 
 def _are_sizes(values: Any) -> bool:
@@ -176,12 +173,18 @@ def _name(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _own_names(module: nn.Module) -> tuple[str, ...]:
+    """Parameters and buffers that are the weight of a CSQ or packed layer."""
+    if isinstance(module, PackedLayer):
+        return _PACKED
+    return (*PARAMETERS, *BUFFERS) if isinstance(module, CSQLayer) else ()
+
+
 def _rest(model: nn.Module) -> dict[str, Tensor]:
     """Every persistent parameter and buffer and extra state, but for what belongs to the weight of a CSQ layer."""
     rest: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        own = (*PARAMETERS, *BUFFERS) if isinstance(module, CSQLayer) else ()
-        own = _PACKED if isinstance(module, PackedLayer) else own
+        own = _own_names(module)
         tensors = {**module._parameters, **module._buffers}
         for name in own:
             del tensors[name]
@@ -293,7 +296,7 @@ def _digest(header: bytes) -> bytes:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy if it lies in one piece on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def rest_bytes(model: nn.Module) -> int:
@@ -323,7 +326,7 @@ def save_packed(model: nn.Module, path: str | Path, extra: dict[str, Any] | None
         The description of the file.
 
     Raises:
-        ValueError, TypeError: no packed layer, a CSQ layer that is not packed, or a tensor or ``extra`` that no file holds.
+        ValueError, TypeError: a CSQ layer is not packed or none is there, or a file cannot hold a tensor or ``extra``.
         OSError: the file cannot be written.
     """
     layers = packed_layers(model)
@@ -460,7 +463,7 @@ def _check_crc32(digits: str, specs: dict[str, Any]) -> dict[str, int]:
 
 
 def _check_layers(layers: dict[str, Any], specs: dict[str, Any], ties: dict[str, str]) -> dict[str, _Layer]:
-    checked = {}
+    checked: dict[str, _Layer] = {}
     for name, value in layers.items():
         try:
             layer = _Layer.from_json(value)
@@ -516,8 +519,8 @@ def load_packed(model: nn.Module, path: str | Path, precision: str = "exact") ->
     they are in the file.
 
     Args:
-        model: the same network, its layers float, prepared, hard or packed, on any device; ``meta`` costs no memory, and
-            what lay there comes to lie on the CPU.
+        model: the same network, its layers float, prepared, hard or packed, on any device; ``meta`` costs no memory,
+            and what lay there comes to lie on the CPU.
         path: of a file from ``save_packed``.
         precision: how the layers read their input, see ``functional.bitserial_linear``.
 
@@ -624,8 +627,8 @@ def _fill(model: nn.Module, contents: _Contents, tensors: dict[str, Tensor], pre
         assert isinstance(module, PackedLayer)
         module._modules["input_quantizer"] = None
         if layer.quantizer is not None:
-            module.input_quantizer = quantizer or ActivationQuantizer(*layer.quantizer, device=device)
-            module.input_quantizer.train(module.training)
+            quantizer = quantizer or ActivationQuantizer(*layer.quantizer, device=device)
+            module.input_quantizer = quantizer.train(module.training)
         leader = _tied_to(name, contents.ties)
         if leader is None:
             planes, scale = (tensors[_name(name, key)].to(device) for key in _PACKED)
@@ -651,6 +654,7 @@ def _leave_meta(model: nn.Module) -> None:
     """Give parameters and persistent buffers on the meta device memory on the CPU; what is shared stays shared."""
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
+        held: dict[str, Any]
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_meta or name in module._non_persistent_buffers_set:

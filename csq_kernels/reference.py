@@ -182,7 +182,7 @@ def bitserial_linear(
     quantized in blocks of 128 columns (``quantize``), and only float64 roundings come after that.
     """
     if not coefficients:
-        return _with_bias(input.new_zeros(*input.shape[:-1], weight_shape[0]), bias, 0, input.dtype)
+        return input.new_zeros(*input.shape[:-1], weight_shape[0]) + (0 if bias is None else bias.to(input.dtype))
     if precision == "exact":
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
@@ -210,7 +210,7 @@ def bitserial_conv2d(
     """``conv2d`` with ``W = step * z``, zeros around the input; as ``bitserial_linear``, with one step per sample."""
     if not coefficients:
         shape = conv2d_shape(input, weight_shape, stride, padding, dilation)
-        return _with_bias(input.new_zeros(shape), bias, 2, input.dtype)
+        return input.new_zeros(shape) + (0 if bias is None else bias.to(input.dtype).view(-1, 1, 1))
     options = (None, list(stride), list(padding), list(dilation), groups)
     if precision == "exact":
         dtype = _working_dtype(input.dtype)

@@ -1,4 +1,4 @@
-"""``pack_`` turns the hard CSQ layers of a model into packed ones, in place; ``unpack_`` makes float layers of those."""
+"""``pack_`` turns the hard CSQ layers of a model into packed ones, in place, and ``unpack_`` those into float ones."""
 
 import math
 from dataclasses import asdict, dataclass, field

@@ -5,7 +5,7 @@ one parameter is the bias. Everything else of the float layer works as before.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,14 @@ class PackedLayer(nn.Module):
     planes: Tensor
     scale: Tensor
     step: Tensor
+    _like: Tensor
     coefficients: tuple[int, ...]
     weight_shape: tuple[int, ...]
     n_bits: int
     active: tuple[int, ...]
     precision: str
+    bias: nn.Parameter | None
+    input_quantizer: nn.Module | None
 
     def __init__(self, *args, **kwargs):
         # The float layer's constructor would register a weight, which is a property here.
@@ -91,16 +94,15 @@ class PackedLayer(nn.Module):
             tensor([[1., 1.]])
         """
         sizes = cls._sizes(tuple(codes.shape), options)
-        layer = cls.float_class(**sizes, **cls._bias_option(bias), **options, device="meta")
+        float_layer = cls.float_class(**sizes, **cls._bias_option(bias), **options, device="meta")
+        expected = {name: tuple(parameter.shape) for name, parameter in float_layer.named_parameters()}
+        for name, tensor in (("weight", codes), ("bias", bias)):
+            if tensor is not None and tensor.shape != expected[name]:
+                raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
+        del float_layer._parameters["weight"]
+        layer = cast(PackedLayer, float_layer)
         layer.__class__ = cls
-        assert isinstance(layer, cls)
-        expected = layer._parameters.pop("weight").shape
-        if expected != codes.shape:
-            raise ValueError(f"expected codes of shape {tuple(expected)}, got {tuple(codes.shape)}")
         if bias is not None:
-            expected = layer._parameters["bias"].shape
-            if bias.shape != expected:
-                raise ValueError(f"expected bias of shape {tuple(expected)}, got {tuple(bias.shape)}")
             layer.bias = nn.Parameter(bias.detach().clone())
         dtype = torch.get_default_dtype() if bias is None else bias.dtype
         layer.adopt_codes_(codes, scale, n_bits, active, dtype, precision)
@@ -187,7 +189,7 @@ class PackedLayer(nn.Module):
 
     def _tile(self, planes: Tensor) -> Tensor:
         order = self._order()
-        return functional.tile(order[0], planes, self.coefficients, order[1]) if order and self.coefficients else planes
+        return functional.tile(order[0], planes, self.coefficients, order[1]) if order else planes
 
     def canonical_planes(self) -> Tensor:
         """The planes as ``bitplanes.py`` describes them, uint8 ``(k, ceil(weights / 8))``."""
@@ -207,7 +209,7 @@ class PackedLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of ``weight``: what the float layer has, or was cast to since."""
-        return self._buffers["_like"].dtype  # type: ignore[union-attr]
+        return self._like.dtype
 
     @torch.no_grad()
     def integer_codes(self) -> Tensor:
@@ -236,7 +238,7 @@ class PackedLayer(nn.Module):
         The tensor objects stay where PyTorch lets them, so that tied layers go on sharing.
         """
         own = {id(self._buffers[name]) for name in ("planes", "scale", "step")}
-        device = fn(self._buffers["_like"]).device.type
+        device = fn(self._like).device.type
         moves = device != self.planes.device.type
         if moves:
             self._set("planes", self.canonical_planes())
@@ -380,6 +382,11 @@ def _conv_sizes(shape: tuple[int, ...], options: dict[str, Any], axes: int, tran
 class _PackedPlanarConv(PackedLayer):
     """Conv1d and Conv2d, the first as rows of height 1."""
 
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
     def _planar(self, sizes: Sequence[int], fill: int) -> tuple[int, ...]:
         """``sizes`` of one or two axes as those of two."""
         return (fill,) * (2 - len(self.kernel_size)) + tuple(sizes)
@@ -485,12 +492,12 @@ class PackedConvTranspose2d(_PackedDecodedConv, nn.ConvTranspose2d):
         return _conv_sizes(shape, options, 2, transposed=True)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        sizes = (list(values) for values in (self.stride, self.padding, self.kernel_size))
-        output_padding = self._output_padding(input, output_size, *sizes, 2, list(self.dilation))
+        stride, padding, dilation = list(self.stride), list(cast(tuple[int, ...], self.padding)), list(self.dilation)
+        kernel = list(self.kernel_size)
+        output_padding = self._output_padding(input, output_size, stride, padding, kernel, 2, dilation)
 
-        def convolve(input, weight, bias):
-            options = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-            return F.conv_transpose2d(input, weight, bias, *options)
+        def convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, self.groups, dilation)
 
         return self._exactly(input, convolve)
 
