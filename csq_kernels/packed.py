@@ -654,8 +654,8 @@ def _leave_meta(model: nn.Module) -> None:
     """Give parameters and persistent buffers on the meta device memory on the CPU; what is shared stays shared."""
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
+        holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in holders:
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_meta or name in module._non_persistent_buffers_set:
                     continue

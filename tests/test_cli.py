@@ -11,7 +11,7 @@ pytest.importorskip("pydantic")
 
 from typer.testing import CliRunner
 
-from csq_kernels import cli
+from csq_kernels import cli, commands
 from csq_kernels.train import checkpoint, data, display, loop
 
 SMALL = ["digits_mlp", "epochs.float=1", "epochs.search=1", "epochs.finetune=1", "batch_size=128"]
@@ -52,7 +52,7 @@ def test_train_prints_plain_lines_and_fills_its_folder(tmp_path):
     for picture in ("bits_per_layer.png", "bits_over_time.png", "training.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
 
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path / "run")), cli.USAGE, "--resume")
+    assert_fails(csq("train", *SMALL, "--out", str(tmp_path / "run")), commands.USAGE, "--resume")
     again = csq("train", str(tmp_path / "run" / "recipe.yaml"), "--out", str(tmp_path / "run"), "--resume")
     assert again.exit_code == 0 and "exact-integer accuracy" in again.output
 
@@ -62,7 +62,7 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         result = csq("train", *SMALL, "--max-minutes", "0")
-        assert result.exit_code == cli.TIME_UP
+        assert result.exit_code == commands.TIME_UP
     assert "--out runs/digits_mlp-2 --resume" in result.output
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits_mlp", "digits_mlp-2"}
 
@@ -83,12 +83,14 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
 def test_mistakes_are_one_message(tmp_path, arguments, parts):
     pytest.importorskip("sklearn")
     out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
-    assert_fails(csq("train", *arguments, *out), cli.USAGE, *parts)
+    assert_fails(csq("train", *arguments, *out), commands.USAGE, *parts)
 
 
 def test_a_damaged_checkpoint_is_one_message(tmp_path):
     (tmp_path / checkpoint.NAME).write_bytes(b"damaged")
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path), "--resume"), cli.FAILED, str(tmp_path / checkpoint.NAME))
+    assert_fails(
+        csq("train", *SMALL, "--out", str(tmp_path), "--resume"), commands.FAILED, str(tmp_path / checkpoint.NAME)
+    )
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
@@ -96,7 +98,7 @@ def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", interrupted)
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path)), cli.INTERRUPTED, f"--out {tmp_path} --resume")
+    assert_fails(csq("train", *SMALL, "--out", str(tmp_path)), commands.INTERRUPTED, f"--out {tmp_path} --resume")
 
 
 def test_data(tmp_path, monkeypatch):
@@ -104,10 +106,10 @@ def test_data(tmp_path, monkeypatch):
     found = json.loads(csq("data", "--json").stdout)
     assert found.keys() == data.DESCRIPTIONS.keys()
     missing = csq("data", "fashion-mnist", "--root", str(tmp_path))
-    assert missing.exit_code == cli.FAILED
+    assert missing.exit_code == commands.FAILED
     for part in ("not found", str(tmp_path), "apt-get install", "dpkg-deb -x", "torchvision"):
         assert part in missing.output
-    assert_fails(csq("data", "cifar"), cli.USAGE, "digits, mnist5k, fashion-mnist")
+    assert_fails(csq("data", "cifar"), commands.USAGE, "digits, mnist5k, fashion-mnist")
 
 
 def test_info():
