@@ -1,6 +1,8 @@
 """The command ``csq``: train a recipe, pack what comes out, find data, say what runs on this machine."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 try:
     import typer
@@ -19,7 +21,7 @@ def app() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for name, function in {
+    functions: dict[str, Callable[..., Any]] = {
         "train": train.train,
         "pack": packed.pack,
         "inspect": packed.inspect,
@@ -27,7 +29,8 @@ def app() -> "typer.Typer":
         "eval": packed.evaluate,
         "data": data.data,
         "info": info.info,
-    }.items():
+    }
+    for name, function in functions.items():
         command.command(name)(function)
     return command
 

@@ -397,10 +397,10 @@ def _read_contents(file: BinaryIO, path: Path) -> _Contents:
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else None
-    if length is None or length > min(size - 8, _longest_header(size)) or length < len(_PREFIX) + 64:
+    if length is None or length > min(size - 8, _longest_header(size)):
         raise PackedFileError(f"{path}: expected a header that fits a file of {size} bytes, got length {length}")
     header = first + file.read(length)
-    if header[8 : _DIGEST.start] != _PREFIX:
+    if header[8 : _DIGEST.start] != _PREFIX or len(header) < _DIGEST.stop:
         raise PackedFileError(f"{path}: expected a file written by save_packed, got another header")
     if _digest(header) != header[_DIGEST]:
         raise PackedFileError(f"{path}: expected a header of SHA-256 {header[_DIGEST]!r}, got a damaged one")
