@@ -25,7 +25,7 @@ RANKS = [
     {"reference", "backends"},
     {"functional"},
     {"nn"},
-    {"budget", "report", "search", "optim", "packed"},
+    {"budget", "report", "search", "optim", "packed", "packed_header"},
     {"train", "commands", "cli", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

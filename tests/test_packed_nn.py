@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_within
+from helpers import assert_within, harden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -57,20 +57,6 @@ def hard_layer(name, active=(1, 2, 5), n_bits=6, gates="layer", scales="channel"
     cls, args, options, _ = LAYERS[name]
     layer = cls(*args, **options, n_bits=n_bits, gate_granularity=gates, scale_granularity=scales)
     return harden(layer, active, seed)
-
-
-def harden(layer, active, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        layer.bit_logits.copy_(torch.randn(layer.bit_logits.shape, generator=generator))
-        gates = torch.tensor([1.0 if bit in active else -1.0 for bit in range(layer.n_bits)])
-        if layer.gate_logits.ndim == 2:
-            open_gates = torch.rand(layer.gate_logits.shape, generator=generator) < 0.7
-            gates = torch.where(open_gates, gates[:, None], -1.0)
-        layer.gate_logits.copy_(gates)
-        layer.scale.copy_(0.5 + torch.rand(layer.scale.shape, generator=generator))
-    layer.harden_()
-    return layer.eval()
 
 
 def packed(layer):

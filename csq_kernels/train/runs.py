@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EVALUATION_BATCH = 500
 # Images at once, and seconds spent, when a network is timed.
-_TIMED_BATCHES, _TIMED_SECONDS = (1, 100), 0.5
+_TIMED_BATCHES, _TIMED_SECONDS = (1, 100), 0.3
 
 
 class RunError(ValueError):
