@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csq_kernels import bitplanes
@@ -31,6 +31,7 @@ def test_the_bytes_are_those_of_the_diagram():
     assert planes.dtype == torch.uint8
 
 
+@settings(deadline=None)
 @given(EXPONENTS, st.integers(1, 70), st.integers(0, 1000))
 def test_codes_come_back(active, weights, seed):
     codes = random_codes(active, (weights,), seed)
@@ -44,6 +45,7 @@ def test_codes_come_back(active, weights, seed):
     assert set(map(abs, coefficients)) <= set(map(abs, bitplanes.widest(active)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-65535, 65535), max_size=40))
 def test_any_codes_come_back_without_naming_their_exponents(values):
     codes = torch.tensor(values, dtype=torch.int32)
@@ -51,6 +53,7 @@ def test_any_codes_come_back_without_naming_their_exponents(values):
     assert torch.equal(bitplanes.decode(planes, coefficients, codes.shape), codes)
 
 
+@settings(deadline=None)
 @given(EXPONENTS, st.integers(0, 1000))
 def test_masks_hold_the_coefficients(active, seed):
     _, coefficients = bitplanes.encode(random_codes(active, (9,), seed), active)

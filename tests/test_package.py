@@ -5,6 +5,7 @@ import doctest
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import csq_kernels
-from csq_kernels import backends, functional, reference
+from csq_kernels import backends, bitplanes, functional, reference, table
 from csq_kernels._ops import CHECKS, SCHEMAS
+from csq_kernels.nn import pack, packed
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csq_kernels"
@@ -179,6 +181,7 @@ def test_public_names_exist_and_say_what_they_are() -> None:
         assert getattr(csq_kernels, name).__doc__, name
 
 
-def test_examples_in_the_docstrings_run() -> None:
-    results = doctest.testmod(functional)
+@pytest.mark.parametrize("module", [functional, bitplanes, table, pack, packed], ids=lambda module: module.__name__)
+def test_examples_in_the_docstrings_run(module: types.ModuleType) -> None:
+    results = doctest.testmod(module)
     assert results.attempted > 0 and results.failed == 0
