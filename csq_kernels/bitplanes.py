@@ -1,6 +1,7 @@
-"""Integer weights as bit-planes: the canonical, lossless form that files hold and every kernel's own order is made from.
+"""Integer weights as bit-planes: the canonical, lossless form that files hold; every kernel's own order is made of it.
 
-A plane is one bit of every weight, a bit stream in row-major order of the weight, least significant bit of a byte first::
+A plane is one bit of every weight, a bit stream in row-major order of the weight, least significant bit of a byte
+first::
 
     weight (flattened)   0 1 2 3 4 5 6 7   8 9 ...
     byte                 [      0       ]  [   1
@@ -9,9 +10,9 @@ A plane is one bit of every weight, a bit stream in row-major order of the weigh
     planes[0]  coefficient k_0, the most significant        z = sum_j k_j * planes[j]
     planes[1]  coefficient k_1, |k_1| < |k_0|
 
-Digits of equation (7) are -1, 0 or 1, so a run of ``r`` adjacent active bits spans ``-(2^r - 1) .. 2^r - 1`` and needs at
-most ``r + 1`` planes of two's complement: only the coefficient of its top plane is negative. A gap of two or more bits
-starts a new run; a gap of one costs the same either way and is filled. A plane that holds no 1 is dropped. Every
+Digits of equation (7) are -1, 0 or 1, so a run of ``r`` adjacent active bits spans ``-(2^r - 1) .. 2^r - 1`` and needs
+at most ``r + 1`` planes of two's complement: only the coefficient of its top plane is negative. A gap of two or more
+bits starts a new run; a gap of one costs the same either way and is filled. A plane that holds no 1 is dropped. Every
 coefficient is plus or minus a power of two and no power occurs twice, hence ``z = sum_j |k_j| b_j - offset`` with the
 negative planes inverted and ``offset`` the sum of their ``|k_j|``: one unsigned number with some of its bits missing.
 """

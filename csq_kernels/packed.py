@@ -313,7 +313,7 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
 def _fill(model: nn.Module, contents: Contents, tensors: dict[str, Tensor], precision: str) -> None:
     """Change ``model``; nothing of this can fail any more for a reason that lies in the file."""
     modules = dict(model.named_modules())
-    filled: dict[str, PackedLayer] = {}
+    filled: dict[str, list[PackedLayer]] = {}
     for name, layer in contents.layers.items():
         module = modules[name]
         if isinstance(module, (CSQLayer, PackedLayer)):
@@ -339,7 +339,7 @@ def _fill(model: nn.Module, contents: Contents, tensors: dict[str, Tensor], prec
             module.become_packed_(layer.shape, planes, scale, *scheme, dtype, precision)
         else:
             module.become_like_(filled[leader], dtype)
-        filled[name] = module
+        filled.setdefault(leader or name, []).append(module)
     _leave_meta(model)
     for prefix, module in model.named_modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():

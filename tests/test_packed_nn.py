@@ -18,6 +18,7 @@ from csq_kernels.nn import PackedLayer
 LAYERS = {
     "linear": (csq.CSQLinear, (13, 5), {}, lambda: torch.randn(3, 13)),
     "linear-plain": (csq.CSQLinear, (13, 5), {"bias": False}, lambda: torch.randn(2, 3, 13)),
+    "linear-unbatched": (csq.CSQLinear, (13, 5), {}, lambda: torch.randn(13)),
     "conv1d": (csq.CSQConv1d, (4, 6, 3), {"padding": 1, "stride": 2}, lambda: torch.randn(2, 4, 9)),
     "conv1d-groups": (csq.CSQConv1d, (4, 6, 4), {"padding": "same", "groups": 2}, lambda: torch.randn(2, 4, 9)),
     "conv1d-unbatched": (csq.CSQConv1d, (4, 6, 3), {}, lambda: torch.randn(4, 9)),

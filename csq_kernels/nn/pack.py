@@ -185,7 +185,7 @@ def pack_(model: nn.Module, precision: str = "exact") -> PackedSummary:
             check_scale(layer.scale, layer.integer_codes().shape[layer.channel_axis])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    packed: dict[int, PackedLayer] = {}
+    packed: dict[int, list[PackedLayer]] = {}
     for layer in layers.values():
         key, codes, scale = id(layer.bit_logits), layer.integer_codes(), layer.scale.detach()
         n_bits, active, dtype = layer.n_bits, layer.active_bits(), layer.bit_logits.dtype
@@ -193,12 +193,12 @@ def pack_(model: nn.Module, precision: str = "exact") -> PackedSummary:
         module: nn.Module = layer
         module.__class__ = PACKED_CLASSES[layer.float_class]
         assert isinstance(module, PackedLayer)
-        leader = packed.get(key)
-        if leader is None:
-            packed[key] = module
-            module.adopt_codes_(codes, scale, n_bits, active, dtype, precision)
+        tied = packed.setdefault(key, [])
+        if tied:
+            module.become_like_(tied, dtype)
         else:
-            module.become_like_(leader, dtype)
+            module.adopt_codes_(codes, scale, n_bits, active, dtype, precision)
+        tied.append(module)
     return summary(model)
 
 

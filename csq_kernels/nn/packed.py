@@ -162,14 +162,16 @@ class PackedLayer(nn.Module):
         # It follows every cast, and so tells what dtype the weight would have.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=planes.device), persistent=False)
 
-    def become_like_(self, leader: "PackedLayer", dtype: torch.dtype) -> None:
-        """As ``adopt_codes_``, with the codes of ``leader``; its tensors are shared if both read the same order."""
-        planes = leader.canonical_planes()
+    def become_like_(self, tied: Sequence["PackedLayer"], dtype: torch.dtype) -> None:
+        """As ``adopt_codes_``, with the codes that the layers ``tied`` hold; shares the tensors of the first of them,
+        and the planes of one that reads the same order.
+        """
+        leader = tied[0]
         scheme = (leader.coefficients, leader.n_bits, leader.active)
+        planes = leader.canonical_planes()
         self.become_packed_(leader.weight_shape, planes, leader.scale, *scheme, dtype, leader.precision)
         self.scale, self.step = leader.scale, leader.step
-        if self._order() == leader._order():
-            self.planes = leader.planes
+        self.planes = next((layer.planes for layer in tied if layer._order() == self._order()), self.planes)
 
     def strip_(self) -> None:
         """Remove what this class added; the caller then gives the module another class."""
@@ -389,7 +391,7 @@ class _PackedPlanarConv(PackedLayer):
 
     def _planar(self, sizes: Sequence[int], fill: int) -> tuple[int, ...]:
         """``sizes`` of one or two axes as those of two."""
-        return (fill,) * (2 - len(self.kernel_size)) + tuple(sizes)
+        return tuple(sizes) if len(sizes) == 2 else (fill, *sizes)
 
     def _planar_shape(self) -> tuple[int, ...]:
         return (*self.weight_shape[:2], *self._planar(self.weight_shape[2:], 1))
