@@ -6,10 +6,15 @@ SOURCES := $(shell find csrc python csq_kernels -type f -not -name '*.so' -not -
 NATIVE_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 LINTED := csq_kernels tests bench setup.py
 
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
 .PHONY: demo test lint format bench clean
 
 demo: .venv/installed
-	$(BIN)/csq train demo
+	$(BIN)/csq train demo --out $(DEMO)
+	$(BIN)/csq inspect $(DEMO)/model.safetensors
+	$(BIN)/csq verify $(DEMO)/model.safetensors --against $(DEMO)
+	$(BIN)/csq eval $(DEMO)/model.safetensors
 
 test: .venv/installed
 	$(BIN)/pytest -q

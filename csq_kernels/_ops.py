@@ -165,7 +165,7 @@ def _check_packed(
 
 
 def check_bitserial_linear(input: Tensor, *packed) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless ``input`` is ``(..., K)`` for a packed weight of shape ``(N, K)``."""
+    """Raise ``ValueError`` or ``TypeError`` unless ``input`` is ``(..., K)`` for a packed weight of ``(N, K)``."""
     *_, weight_shape, _ = packed
     if len(weight_shape) != 2:
         raise ValueError(f"expected weight_shape of 2 axes, got {list(weight_shape)}")

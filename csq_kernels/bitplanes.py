@@ -1,6 +1,7 @@
-"""Integer weights as bit-planes: the canonical, lossless form that files hold and every kernel's own order is made from.
+"""Integer weights as bit-planes: the canonical, lossless form that files hold; every kernel's own order is made of it.
 
-A plane is one bit of every weight, a bit stream in row-major order of the weight, least significant bit of a byte first::
+A plane is one bit of every weight, a bit stream in row-major order of the weight, least significant bit of a byte
+first::
 
     weight (flattened)   0 1 2 3 4 5 6 7   8 9 ...
     byte                 [      0       ]  [   1
@@ -9,9 +10,9 @@ A plane is one bit of every weight, a bit stream in row-major order of the weigh
     planes[0]  coefficient k_0, the most significant        z = sum_j k_j * planes[j]
     planes[1]  coefficient k_1, |k_1| < |k_0|
 
-Digits of equation (7) are -1, 0 or 1, so a run of ``r`` adjacent active bits spans ``-(2^r - 1) .. 2^r - 1`` and needs at
-most ``r + 1`` planes of two's complement: only the coefficient of its top plane is negative. A gap of two or more bits
-starts a new run; a gap of one costs the same either way and is filled. A plane that holds no 1 is dropped. Every
+Digits of equation (7) are -1, 0 or 1, so a run of ``r`` adjacent active bits spans ``-(2^r - 1) .. 2^r - 1`` and needs
+at most ``r + 1`` planes of two's complement: only the coefficient of its top plane is negative. A gap of two or more
+bits starts a new run; a gap of one costs the same either way and is filled. A plane that holds no 1 is dropped. Every
 coefficient is plus or minus a power of two and no power occurs twice, hence ``z = sum_j |k_j| b_j - offset`` with the
 negative planes inverted and ``offset`` the sum of their ``|k_j|``: one unsigned number with some of its bits missing.
 """
@@ -45,6 +46,23 @@ def check_coefficients(coefficients: tuple[int, ...]) -> None:
         )
 
 
+def to_masks(coefficients: Sequence[int]) -> tuple[int, int]:
+    """The coefficients as two sets of exponents, bit ``b`` for ``2^b``: all of them, and the negative ones.
+
+    >>> to_masks((-8, 4, 1))
+    (13, 8)
+    """
+    return sum(abs(k) for k in coefficients), sum(-k for k in coefficients if k < 0)
+
+
+def from_masks(stored: int, negative: int) -> tuple[int, ...]:
+    """The coefficients of which ``to_masks`` made the sets; ``ValueError`` if these are none."""
+    if not 0 <= stored < 1 << MAX_PLANES or negative & ~stored:
+        raise ValueError(f"expected exponents below {MAX_PLANES}, the negative ones among them, got {stored, negative}")
+    powers = (1 << bit for bit in reversed(range(MAX_PLANES)))
+    return tuple(-power if power & negative else power for power in powers if power & stored)
+
+
 def _pack(bits: Tensor) -> Tensor:
     """A flat bool tensor as bytes."""
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8))
@@ -70,6 +88,18 @@ def _runs(active: Collection[int]) -> Iterator[tuple[int, int]]:
             low, length = bit, 1
     if length:
         yield low, length
+
+
+def widest(active: Collection[int]) -> tuple[int, ...]:
+    """The coefficients that codes with digits at the ``active`` exponents need at most.
+
+    >>> widest({0, 1, 4})
+    (-32, 16, -4, 2, 1)
+    """
+    rising: list[int] = []
+    for low, length in _runs(active):
+        rising += [1 << (low + bit) for bit in range(length)] + [-1 << (low + length)]
+    return tuple(reversed(rising))
 
 
 def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor, tuple[int, ...]]:

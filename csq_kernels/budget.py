@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from csq_kernels.nn.layer import CSQLayer
+from csq_kernels.nn.pack import SCALE_BYTES
 from csq_kernels.nn.prepare import csq_layers
+from csq_kernels.packed import rest_bytes
 
-SCALE_BYTES = 4
 ActiveSets = dict[str, frozenset[int]]
 
 
@@ -54,7 +55,7 @@ class Budget:
     of file.
 
     Bits are averages over the weights of the CSQ layers; the scales, 4 bytes each, are not part of them. Megabytes
-    (10^6 bytes) count the planes and scales of the CSQ layers and everything of the model that stays float.
+    (10^6 bytes) count the whole packed file: planes and scales of the CSQ layers, what stays float, and the header.
 
     Example:
         >>> Budget.parse("2.5 paper bits")
@@ -94,7 +95,7 @@ class Cost:
         device = next(iter(self.layers.values())).gate_logits.device
         # Made once: `soft` runs many times a step, and on a GPU each copy would wait.
         self._weights = torch.tensor(list(self.weights.values()), dtype=torch.float32, device=device)
-        self.fixed = float_bytes(model) if budget.unit == "MB" else 0
+        self.fixed = rest_bytes(model) if budget.unit == "MB" else 0
         self.per_unit = 10**6 if budget.unit == "MB" else self.total_weights
         # The product may fall just short of the integer that was meant, as 4.1 * 10 does.
         self.limit = math.floor(budget.value * self.per_unit * (1 + 1e-12))
@@ -145,20 +146,6 @@ def _numel(layer: CSQLayer) -> int:
 def _mean_gates(layer: CSQLayer, shift: Tensor | float, sharpness: float) -> Tensor:
     gate = torch.sigmoid(sharpness * layer.temperature * (layer.gate_logits + shift))
     return gate if gate.ndim == 1 else gate.mean(1)
-
-
-def float_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers that are saved as they are."""
-    tensors: dict[int, Tensor] = {}
-    for module in model.modules():
-        csq = isinstance(module, CSQLayer)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or name in module._non_persistent_buffers_set:
-                continue
-            if csq and name in ("bit_logits", "gate_logits", "scale", "temperature", "codes"):
-                continue
-            tensors[id(tensor)] = tensor
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def active_sets(layers: Mapping[str, CSQLayer]) -> ActiveSets:

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
-from csq_kernels import backends  # noqa: F401  (registers the implementations of the ops)
+from csq_kernels import backends
+from csq_kernels.backends import tile, untile
+
+__all__ = ["bitserial_conv2d", "bitserial_linear", "bitserial_weight", "reconstruct", "tile", "untile"]
 
 _reconstruct = torch.ops.csq.reconstruct.default
 _reconstruct_backward = torch.ops.csq.reconstruct_backward.default
@@ -100,10 +104,10 @@ class _BitserialLinear(torch.autograd.Function):
     def backward(ctx, grad):
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = bitserial_weight(*ctx.saved_tensors, *ctx.constants)
-            grad_input = grad @ weight.to(grad.dtype)
+            planes, step = ctx.saved_tensors
+            grad_input = grad @ bitserial_weight(planes, step, *ctx.constants).to(grad.dtype)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias)
+            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias)
         return grad_input, None, None, grad_bias, None, None, None
 
 
@@ -123,8 +127,9 @@ class _BitserialConv2d(torch.autograd.Function):
         coefficients, weight_shape, input_shape, options = ctx.constants
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = bitserial_weight(*ctx.saved_tensors, coefficients, weight_shape).to(grad.dtype)
-            grad_input = torch.nn.grad.conv2d_input(input_shape, weight, grad, *options)
+            planes, step = ctx.saved_tensors
+            weight = bitserial_weight(planes, step, coefficients, weight_shape).to(grad.dtype)
+            grad_input = conv2d_input(input_shape, weight, grad, *options)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum((0, 2, 3)).to(ctx.bias)
         return grad_input, None, None, grad_bias, *[None] * 7
@@ -146,7 +151,7 @@ def bitserial_linear(
 ) -> Tensor:
     """Product with a packed weight, ``y = x W^T + bias`` with ``W = step * sum_j k_j B_j``: equation (7) as stored.
 
-    Its time and memory fall with the number of planes. Differentiable in the input and the bias; the weight is constant.
+    Its time and memory fall with the number of planes. Differentiable in the input and the bias, the weight is fixed.
 
     Args:
         input: ``(..., K)``, any floating dtype; the kernels compute from float32.
@@ -227,7 +232,7 @@ def bitserial_conv2d(
 def bitserial_weight(
     planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int = 0
 ) -> Tensor:
-    """The float32 weight of equation (7) that packed planes stand for, bit for bit; arguments as in ``bitserial_linear``.
+    """The float32 weight of equation (7) that packed planes hold, bit for bit; arguments as in ``bitserial_linear``.
 
     Example:
         >>> import torch

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csq_kernels import bitplanes
+from csq_kernels._ops import conv2d_shape
 
 # Columns of a packed linear layer that share one step of the quantized input, and how many of them a table serves.
 BLOCK, GROUP = 128, 4
@@ -196,6 +197,8 @@ def bitserial_linear(
     ``exact`` is PyTorch's own product in the dtype of the input, or float32 if that is narrower. Otherwise the input is
     quantized (``quantize_rows``), and only float64 roundings come after that.
     """
+    if not coefficients:
+        return input.new_zeros(*input.shape[:-1], weight_shape[0]) + (0 if bias is None else bias.to(input.dtype))
     if precision == "exact":
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
@@ -224,6 +227,9 @@ def bitserial_conv2d(
     precision: str,
 ) -> Tensor:
     """``conv2d`` with ``W = step * z``, zeros around the input; as ``bitserial_linear``, with one step per sample."""
+    if not coefficients:
+        shape = conv2d_shape(input, weight_shape, stride, padding, dilation)
+        return input.new_zeros(shape) + (0 if bias is None else bias.to(input.dtype).view(-1, 1, 1))
     options = (None, list(stride), list(padding), list(dilation), groups)
     if precision == "exact":
         dtype = _working_dtype(input.dtype)

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from csq_kernels.budget import Budget, Cost, active_sets, float_bytes, stored_bits, weight_bytes
+from csq_kernels import table
+from csq_kernels.budget import Budget, Cost, active_sets, stored_bits, weight_bytes
 from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.nn.prepare import csq_layers
+from csq_kernels.packed import rest_bytes
 
 # beta * logit beyond which sig() is exactly 1 in float32 and the gradient exactly 0.
 _FROZEN = 17.0
@@ -60,7 +62,7 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Planes, scales and everything that stays float."""
+        """The packed file: planes, scales, and ``rest_bytes``, which are what stays float and the header."""
         return sum(layer.bytes for layer in self.layers) + self.rest_bytes
 
     @property
@@ -80,8 +82,7 @@ class Report:
         return totals | {"budget": str(self.budget or ""), "layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "paper", "stored", "active", "bytes", "float", "ratio", "gap", "undecided")
-        rows = [header]
+        rows = [("layer", "shape", "paper", "stored", "active", "bytes", "float", "ratio", "gap", "undecided")]
         for row in self.layers:
             shape = "x".join(map(str, row.shape))
             active = ",".join(map(str, row.active)) or "removed"
@@ -95,8 +96,7 @@ class Report:
             ("model", "", f"{self.paper_bits:.2f}", f"{self.stored_bits:.2f}", "", f"{self.bytes:,}")
             + (f"{self.float_bytes:,}", ratio, f"{self.gap:.1e}", "")
         )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = table.lines(rows)
         if self.budget is not None and self.cost is not None:
             verdict = "met" if self.budget_met else "NOT met"
             lines.append(f"budget {self.budget}: used {self.cost:.4g} ({self.cost / self.budget.value:.1%}), {verdict}")
@@ -132,9 +132,9 @@ def report(model: nn.Module, budget: str | Budget | None = None) -> Report:
             )
         )
     if parsed is None:
-        return Report(rows, float_bytes(model))
+        return Report(rows, rest_bytes(model))
     scheme = active_sets(cost.layers)
-    return Report(rows, float_bytes(model), parsed, cost.of(scheme), cost.total(scheme) <= cost.limit)
+    return Report(rows, rest_bytes(model), parsed, cost.of(scheme), cost.total(scheme) <= cost.limit)
 
 
 def _share_within(layer: CSQLayer, limit: float, active: Collection[int]) -> float:

@@ -1,6 +1,7 @@
 """What the tests share: cases as data, their inputs, the float64 answer, and the rule that judges an error."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csq_kernels import reference
+from csq_kernels.nn import CSQLayer
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -228,3 +230,18 @@ def assert_within(actual: Tensor, exact: Tensor, eager: Tensor, factor: float = 
         assert error <= factor * (allowed + one), (
             f"{name}: {norm} error {error:.3e} exceeds {factor} x (eager {allowed:.3e} + rounding {one:.3e})"
         )
+
+
+def harden(layer: CSQLayer, active: Collection[int], seed: int = 0) -> CSQLayer:
+    """Random digits at the active exponents and a random scale, hard; gates per channel close at random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.bit_logits.copy_(torch.randn(layer.bit_logits.shape, generator=generator))
+        gates = torch.tensor([1.0 if bit in active else -1.0 for bit in range(layer.n_bits)])
+        if layer.gate_logits.ndim == 2:
+            open_gates = torch.rand(layer.gate_logits.shape, generator=generator) < 0.7
+            gates = torch.where(open_gates, gates[:, None], -1.0)
+        layer.gate_logits.copy_(gates)
+        layer.scale.copy_(0.5 + torch.rand(layer.scale.shape, generator=generator))
+    layer.harden_()
+    return layer.eval()

@@ -11,8 +11,8 @@ pytest.importorskip("pydantic")
 
 from typer.testing import CliRunner
 
-from csq_kernels import cli
-from csq_kernels.train import checkpoint, data, display, loop
+from csq_kernels import cli, commands, packed
+from csq_kernels.train import checkpoint, data, display, loop, recipe, runs
 
 SMALL = ["digits_mlp", "epochs.float=1", "epochs.search=1", "epochs.finetune=1", "batch_size=128"]
 
@@ -29,7 +29,7 @@ def assert_fails(result, code: int, *parts: str) -> None:
         assert part in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["data"], ["info"]])
+@pytest.mark.parametrize("arguments", [[], *([name] for name in "train pack inspect verify eval data info".split())])
 def test_help(arguments):
     result = csq(*arguments, "--help")
     assert result.exit_code == 0
@@ -52,9 +52,88 @@ def test_train_prints_plain_lines_and_fills_its_folder(tmp_path):
     for picture in ("bits_per_layer.png", "bits_over_time.png", "training.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
 
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path / "run")), cli.USAGE, "--resume")
+    assert_fails(csq("train", *SMALL, "--out", str(tmp_path / "run")), commands.USAGE, "--resume")
     again = csq("train", str(tmp_path / "run" / "recipe.yaml"), "--out", str(tmp_path / "run"), "--resume")
     assert again.exit_code == 0 and "exact-integer accuracy" in again.output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small run that is finished."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    loop.train(recipe.load("digits_mlp", SMALL[1:]), folder)
+    return folder
+
+
+def test_a_run_ends_with_its_packed_file(run):
+    file = run / loop.PACKED
+    size = file.stat().st_size
+    report = json.loads((run / "report.json").read_text())
+    assert report["file_bytes"] == size and abs(size - report["scheme"]["bytes"]) <= 0.02 * report["scheme"]["bytes"]
+    assert f"{size:,} bytes" in (run / "report.txt").read_text()
+
+
+def test_pack_writes_the_same_file(run, tmp_path):
+    for source in (run, run / checkpoint.NAME):
+        result = csq("pack", str(source), "--out", str(tmp_path / "file"))
+        assert result.exit_code == 0, result.output
+        assert "PackedLinear" in result.output and "bytes" in result.output
+        assert (tmp_path / "file").read_bytes() == (run / loop.PACKED).read_bytes()
+
+
+def test_inspect(run):
+    result = csq("inspect", str(run / loop.PACKED))
+    assert result.exit_code == 0 and "hidden1" in result.output
+    content = json.loads(csq("inspect", str(run / loop.PACKED), "--json").stdout)
+    assert content["extra"] == {"model": "mlp", "options": {"width": 32}, "sizes": [1, 8, 10], "data": "digits"}
+    assert content["version"] == 1 and len(content["packed"]["layers"]) == 3
+
+
+def test_verify(run, tmp_path):
+    file = run / loop.PACKED
+    result = csq("verify", str(file), "--against", str(run))
+    assert result.exit_code == 0, result.output
+    assert "equal in 3 of 3 layers" in result.output and "400 of 400" in result.output
+    other = tmp_path / "other"
+    loop.train(recipe.load("digits_mlp", [*SMALL[1:], "seed=1"]), other)
+    assert_fails(csq("verify", str(file), "--against", str(other)), commands.FAILED, "to be the network of")
+    narrow = tmp_path / "narrow"
+    loop.train(recipe.load("digits_mlp", [*SMALL[1:], "model.options={width: 8}"]), narrow)
+    assert_fails(csq("verify", str(file), "--against", str(narrow)), commands.FAILED, "layer hidden1: expected weight")
+
+
+def test_eval(run):
+    file = str(run / loop.PACKED)
+    accuracy = json.loads((run / "report.json").read_text())["hard_accuracy"]
+    every = csq("eval", file)
+    assert every.exit_code == 0, every.output
+    for weights in ("float32", "packed, exact", "packed, high", "packed, int8"):
+        assert weights in every.output
+    one = csq("eval", file, "--precision", "exact")
+    assert one.output.count(f"{accuracy:.2%}") == 2 and "int8" not in one.output
+    assert_fails(csq("eval", file, "--precision", "low"), commands.USAGE, "expected --precision", "'low'")
+
+
+def test_files_and_runs_that_are_none(run, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes((run / loop.PACKED).read_bytes()[:-1])
+    for arguments in (["inspect", damaged], ["eval", damaged], ["verify", damaged, "--against", run]):
+        assert_fails(csq(*map(str, arguments)), commands.FAILED, str(damaged))
+    assert_fails(csq("inspect", str(tmp_path / "none")), commands.FAILED, "No such file")
+    assert_fails(csq("pack", str(tmp_path), "--out", "file"), commands.FAILED, "expected a checkpoint")
+    assert_fails(csq("pack", str(damaged), "--out", "file"), commands.FAILED, "damaged")
+    unfinished = tmp_path / "unfinished"
+    csq("train", *SMALL, "--max-minutes", "0", "--out", str(unfinished))
+    assert_fails(csq("pack", str(unfinished), "--out", "file"), commands.USAGE, "expected a finished run")
+    assert_fails(csq("pack", str(run), "--out", str(tmp_path / "no" / "folder")), commands.FAILED, "cannot write")
+    anonymous, strange = tmp_path / "anonymous", tmp_path / "strange"
+    model = runs.network(packed.inspect(run / loop.PACKED).extra)
+    packed.load_packed(model, run / loop.PACKED)
+    packed.save_packed(model, anonymous)
+    assert_fails(csq("eval", str(anonymous)), commands.USAGE, "expected a file that says model")
+    packed.save_packed(model, strange, {"model": "mlp", "options": {"speed": 3}, "sizes": [1, 8, 10], "data": "digits"})
+    assert_fails(csq("eval", str(strange)), commands.USAGE, "got 'speed'")
 
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
@@ -62,7 +141,7 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         result = csq("train", *SMALL, "--max-minutes", "0")
-        assert result.exit_code == cli.TIME_UP
+        assert result.exit_code == commands.TIME_UP
     assert "--out runs/digits_mlp-2 --resume" in result.output
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits_mlp", "digits_mlp-2"}
 
@@ -83,12 +162,14 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
 def test_mistakes_are_one_message(tmp_path, arguments, parts):
     pytest.importorskip("sklearn")
     out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
-    assert_fails(csq("train", *arguments, *out), cli.USAGE, *parts)
+    assert_fails(csq("train", *arguments, *out), commands.USAGE, *parts)
 
 
 def test_a_damaged_checkpoint_is_one_message(tmp_path):
     (tmp_path / checkpoint.NAME).write_bytes(b"damaged")
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path), "--resume"), cli.FAILED, str(tmp_path / checkpoint.NAME))
+    assert_fails(
+        csq("train", *SMALL, "--out", str(tmp_path), "--resume"), commands.FAILED, str(tmp_path / checkpoint.NAME)
+    )
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
@@ -96,7 +177,7 @@ def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", interrupted)
-    assert_fails(csq("train", *SMALL, "--out", str(tmp_path)), cli.INTERRUPTED, f"--out {tmp_path} --resume")
+    assert_fails(csq("train", *SMALL, "--out", str(tmp_path)), commands.INTERRUPTED, f"--out {tmp_path} --resume")
 
 
 def test_data(tmp_path, monkeypatch):
@@ -104,10 +185,10 @@ def test_data(tmp_path, monkeypatch):
     found = json.loads(csq("data", "--json").stdout)
     assert found.keys() == data.DESCRIPTIONS.keys()
     missing = csq("data", "fashion-mnist", "--root", str(tmp_path))
-    assert missing.exit_code == cli.FAILED
+    assert missing.exit_code == commands.FAILED
     for part in ("not found", str(tmp_path), "apt-get install", "dpkg-deb -x", "torchvision"):
         assert part in missing.output
-    assert_fails(csq("data", "cifar"), cli.USAGE, "digits, mnist5k, fashion-mnist")
+    assert_fails(csq("data", "cifar"), commands.USAGE, "digits, mnist5k, fashion-mnist")
 
 
 def test_info():

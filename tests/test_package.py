@@ -5,6 +5,7 @@ import doctest
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,21 +13,22 @@ import pytest
 import torch
 
 import csq_kernels
-from csq_kernels import backends, functional, reference
+from csq_kernels import backends, bitplanes, functional, reference, table
 from csq_kernels._ops import CHECKS, SCHEMAS
+from csq_kernels.nn import pack, packed
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"bitplanes", "_native"},
+    {"bitplanes", "_native", "files", "table"},
     {"_ops"},
     {"reference", "backends"},
     {"functional"},
     {"nn"},
-    {"budget", "report", "search", "optim", "packed"},
-    {"train", "cli", "__init__"},
+    {"budget", "report", "search", "optim", "packed", "packed_header"},
+    {"train", "commands", "cli", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # info() reports the choices of the backends: it looks upward when it is called, never at import.
@@ -179,6 +181,7 @@ def test_public_names_exist_and_say_what_they_are() -> None:
         assert getattr(csq_kernels, name).__doc__, name
 
 
-def test_examples_in_the_docstrings_run() -> None:
-    results = doctest.testmod(functional)
+@pytest.mark.parametrize("module", [functional, bitplanes, table, pack, packed], ids=lambda module: module.__name__)
+def test_examples_in_the_docstrings_run(module: types.ModuleType) -> None:
+    results = doctest.testmod(module)
     assert results.attempted > 0 and results.failed == 0

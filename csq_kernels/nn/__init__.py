@@ -1,4 +1,4 @@
-"""CSQ layers and their conversion from and to float layers."""
+"""CSQ layers, their conversion from and to float layers, and the packed layers that they become."""
 
 from csq_kernels.nn.activation import ActivationQuantizer
 from csq_kernels.nn.layer import Config, CSQLayer
@@ -9,6 +9,16 @@ from csq_kernels.nn.layers import (
     CSQConvTranspose2d,
     CSQEmbedding,
     CSQLinear,
+)
+from csq_kernels.nn.pack import PackedSummary, pack_, set_precision_, unpack_
+from csq_kernels.nn.packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose2d,
+    PackedEmbedding,
+    PackedLayer,
+    PackedLinear,
 )
 from csq_kernels.nn.prepare import Plan, param_groups, prepare_
 
@@ -22,7 +32,18 @@ __all__ = [
     "CSQLayer",
     "CSQLinear",
     "Config",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose2d",
+    "PackedEmbedding",
+    "PackedLayer",
+    "PackedLinear",
+    "PackedSummary",
     "Plan",
+    "pack_",
     "param_groups",
     "prepare_",
+    "set_precision_",
+    "unpack_",
 ]

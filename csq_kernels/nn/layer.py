@@ -19,6 +19,7 @@ GRANULARITIES = ("layer", "channel")
 STAGES = ("float", "search", "finetune", "hard")
 # beta * u of a gate at the start, at beta = 1: sig(1) = 0.73. Not 0: gates on the threshold all flip at the first step.
 INITIAL_GATE_LOGIT = 1.0
+PARAMETERS, BUFFERS = ("bit_logits", "gate_logits", "scale"), ("temperature", "codes")
 _STATE_VERSION = 1
 
 
@@ -134,16 +135,20 @@ class CSQLayer(nn.Module):
         weight = self.weight.detach().clone()
         restored = copy.deepcopy(self)
         trainable = restored.scale.requires_grad
-        for name in ("bit_logits", "gate_logits", "scale"):
-            del restored._parameters[name]
-        for name in ("temperature", "codes"):
-            del restored._buffers[name]
-        restored._modules.pop("input_quantizer", None)
-        for name in ("bits", "stage", *OPTIONS):
-            restored.__dict__.pop(name, None)
+        restored.strip_()
+        del restored._modules["input_quantizer"]
         restored.__class__ = self.float_class  # type: ignore[assignment]
         restored.register_parameter("weight", nn.Parameter(weight, requires_grad=trainable))
         return restored
+
+    def strip_(self) -> None:
+        """Remove what this class added but for the input quantizer; the caller then gives it another class."""
+        for name in PARAMETERS:
+            del self._parameters[name]
+        for name in BUFFERS:
+            del self._buffers[name]
+        for name in ("bits", "stage", *OPTIONS):
+            self.__dict__.pop(name, None)
 
     @staticmethod
     def check_convertible(layer: nn.Module) -> None:

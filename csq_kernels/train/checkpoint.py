@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from csq_kernels.files import write_atomically
+
 VERSION = 1
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev"
@@ -14,20 +16,6 @@ KEYS = frozenset({"version", "phase", "step", "model", "optimizer", "search", "r
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and says what still stands."""
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call ``write(file)`` on a temporary file next to ``path`` and put it in place once it is safely on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -63,14 +51,19 @@ def load(folder: Path) -> dict[str, Any]:
         path, spare = previous, ""
     if not path.exists():
         raise CheckpointError(f"expected a checkpoint {folder / NAME}, found none")
+    return read(path, spare)
+
+
+def read(path: Path, advice: str = "") -> dict[str, Any]:
+    """Read one checkpoint file, on the CPU and without running any pickled code; ``advice`` ends every message."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged archive surfaces as almost any exception of zipfile, pickle or torch.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot read {path}, it is damaged: {reason[0]}{spare}") from error
+        raise CheckpointError(f"cannot read {path}, it is damaged: {reason[0]}{advice}") from error
     if not isinstance(state, dict) or not KEYS <= state.keys():
-        raise CheckpointError(f"expected {path} to be a checkpoint of csq train, got something else{spare}")
+        raise CheckpointError(f"expected {path} to be a checkpoint of csq train, got something else{advice}")
     if state["version"] != VERSION:
         raise CheckpointError(f"expected {path} of version {VERSION}, got {state['version']}")
     return state

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csq_kernels as csq
-from csq_kernels.train import checkpoint, data, models
+from csq_kernels.files import write_atomically
+from csq_kernels.train import checkpoint, data, models, runs
 
 if TYPE_CHECKING:
     from csq_kernels.train.recipe import Checkpoint, Recipe
 
 METRICS = "metrics.jsonl"
-EVALUATION_BATCH = 500
+PACKED = "model.safetensors"
 # Batches for batch-norm statistics: of the final models, and after each epoch of the search.
 FINAL_STATISTICS, SEARCH_STATISTICS = 100, 20
 # What a resumed run may change without becoming another run.
@@ -99,7 +100,7 @@ def evaluate(model: nn.Module, dataset: data.Dataset) -> float:
     training = model.training
     model.eval()
     correct = 0
-    for images, labels in dataset.test_batches(EVALUATION_BATCH):
+    for images, labels in dataset.test_batches(runs.EVALUATION_BATCH):
         correct += int((model(images).argmax(1) == labels).sum())
     model.train(training)
     return correct / len(dataset.test_labels)
@@ -325,7 +326,7 @@ def _truncate_metrics(path: Path, iteration: int) -> None:
         if record["iteration"] > iteration:
             break
         kept.append(line + "\n")
-    checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -358,7 +359,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _device(name: str) -> torch.device:
@@ -453,15 +454,20 @@ def train(
 
 
 def _finish(run: _Run) -> dict[str, Any]:
-    """Measure the soft model, make the integers, measure them, write the report."""
+    """Measure the soft model, make the integers, measure them, write the packed file and the report."""
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
     run.results["soft_accuracy"] = evaluate(run.model, run.dataset)
     report = csq.finalize_(run.model, data=run.statistics_batches(FINAL_STATISTICS), budget=run.recipe.budget)
     run.results["hard_accuracy"] = evaluate(run.model, run.dataset)
     seconds = round(run.clock.seconds(), 1)
-    result = {"recipe": run.recipe.name, "seconds": seconds, **run.results, "scheme": report.to_dict()}
-    _write_text(run.out / "report.txt", f"{report}\n\n{_accuracies(run.results)}\n")
+    packed = copy.deepcopy(run.model)
+    csq.pack_(packed)
+    size = csq.save_packed(packed, run.out / PACKED, runs.describe(run.recipe, run.dataset)).file_bytes
+    result = {"recipe": run.recipe.name, "seconds": seconds, **run.results, "file_bytes": size}
+    result |= {"scheme": report.to_dict()}
+    written = f"{PACKED} of {size:,} bytes, {report.bytes:,} were promised"
+    _write_text(run.out / "report.txt", f"{report}\n{written}\n\n{_accuracies(run.results)}\n")
     _write_text(run.out / "report.json", json.dumps(result, indent=2) + "\n")
     run.save("done", run.csq_steps)
     return result

@@ -1,0 +1,92 @@
+"""``csq train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csq_kernels.commands import FAILED, INTERRUPTED, TIME_UP, USAGE, fail, missing
+
+
+def _free_folder(name: str) -> Path:
+    """The first of runs/name, runs/name-2, ... that does not exist."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with the package, or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME, numbered if taken.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the recipe's seed.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
+    ] = None,
+):
+    """Train a network with CSQ: a float baseline, the search for bits within a budget, exact integers.
+
+    The folder of the run holds its recipe, metrics.jsonl, report.txt and .json,
+    environment.json, pictures and the checkpoint. A run that was killed goes on
+    with --resume and ends with the very same bits.
+
+    Examples:
+
+      csq train demo
+
+      csq train digits_mlp budget="2.5 bits" epochs.search=10 --out runs/small --seed 1
+
+      csq train runs/small/recipe.yaml --out runs/small --resume
+
+      csq train fashion_mnist_resnet20 data.root=/data/fashion --device cuda
+
+    Exit codes: 0 finished, 1 failed, 2 wrong recipe, option or data, 3 --max-minutes over, 130 interrupted.
+    """
+    try:
+        import rich.console
+
+        from csq_kernels.train import checkpoint, data, display, loop, plots
+        from csq_kernels.train import recipe as recipes
+    except ImportError as error:
+        raise missing(error) from None
+    if resume and out is None:
+        raise fail("--resume needs --out, the folder of the run to go on with", USAGE)
+    try:
+        chosen = recipes.load(recipe, overrides, seed)
+    except recipes.RecipeError as error:
+        raise fail(str(error), USAGE) from None
+    folder = out if out is not None else _free_folder(chosen.name)
+    console = rich.console.Console()
+    try:
+        with display.make(console) as shown:
+            result = loop.train(chosen, folder, resume=resume, device=device, max_minutes=max_minutes, display=shown)
+        pictures = _draw(plots, folder)
+    except (loop.TrainingError, data.DataNotFoundError, data.DataError) as error:
+        raise fail(str(error), USAGE) from None
+    except checkpoint.CheckpointError as error:
+        raise fail(str(error), FAILED) from None
+    except OSError as error:
+        raise fail(f"cannot write to {folder}: {error}; its last checkpoint stands", FAILED) from None
+    except loop.TimeUpError as error:
+        print(f"{error}; go on with --out {folder} --resume")
+        raise typer.Exit(TIME_UP) from None
+    except KeyboardInterrupt:
+        raise fail(f"interrupted; go on from the last checkpoint with --out {folder} --resume", INTERRUPTED) from None
+    print((folder / "report.txt").read_text())
+    print(f"{result['seconds']:.0f} s; everything is in {folder}{pictures}")
+
+
+def _draw(plots, folder: Path) -> str:
+    try:
+        return f": {', '.join(path.name for path in plots.write(folder))}"
+    except ImportError as error:
+        return f" (no pictures: {error})"
