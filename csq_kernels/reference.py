@@ -231,7 +231,7 @@ def bitserial_conv2d(
         shape = conv2d_shape(input, weight_shape, stride, padding, dilation)
         return input.new_zeros(shape) + (0 if bias is None else bias.to(input.dtype).view(-1, 1, 1))
     options = (None, list(stride), list(padding), list(dilation), groups)
-    if precision == "exact":
+    if precision == "exact" or groups > 1:
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
         return with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)

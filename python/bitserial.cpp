@@ -219,6 +219,19 @@ void bind_bitserial(py::module_& m) {
              py::arg("input"), py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("batch"),
              py::arg("precision"), py::arg("threads"));
     m.def(
+        "bitserial_weight_of_planes",
+        [](Address planes, int64_t outer, int64_t channels, int64_t inner, const std::vector<int>& coefficients,
+           Address step, bool step_per_channel, Address output) {
+            require_sizes({{"outer", outer}, {"channels", channels}, {"inner", inner}}, 64);
+            const PlaneSet set = parse_planes(coefficients);
+            cpu::weight_of_planes(set.count == 0 ? nullptr : array<const uint8_t>("planes", planes), outer, channels,
+                                  inner, set, array<const float>("step", step), step_per_channel,
+                                  array<float>("output", output));
+        },
+        unlocked, "The weight [outer, channels, inner] of canonical planes.", py::arg("planes"), py::arg("outer"),
+        py::arg("channels"), py::arg("inner"), py::arg("coefficients"), py::arg("step"), py::arg("step_per_channel"),
+        py::arg("output"));
+    m.def(
         "bitserial_weight",
         [](const Linear& linear, Address tiles, Address step, Address output, int threads) {
             require_from("threads", threads, 1);

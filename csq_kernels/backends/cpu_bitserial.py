@@ -2,7 +2,8 @@
 
 Linear layers and convolutions without groups read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k,
 1024)`` bytes; the columns of a convolution's are kernel row, kernel column, channel, the channels filled up to a multiple
-of 4. Everything else reads canonical planes. The caller has checked the arguments.
+of 4. Everything else reads canonical planes: of convolutions with groups the weight is unpacked at each call, since it is as
+small as their results are many. The caller has checked the arguments.
 """
 
 import functools
@@ -159,6 +160,9 @@ def bitserial_conv2d(
 ) -> Tensor:
     """Arguments and result as in ``reference.bitserial_conv2d``; canonical planes are left to it."""
     windows = (tuple(stride), tuple(padding), tuple(dilation))
+    if planes.ndim == 2 and (precision == "exact" or groups > 1) and input.dtype != torch.float64:
+        weight = _weight_of_planes(planes, step, coefficients, weight_shape, 0)
+        return F.conv2d(_as_float32(input), weight, bias, *windows, groups).to(input.dtype)
     if planes.ndim == 2 or input.dtype == torch.float64:
         planes = planes if planes.ndim == 2 else _untile(planes, coefficients, weight_shape)
         return reference.bitserial_conv2d(
@@ -195,13 +199,27 @@ def bitserial_conv2d(
 def bitserial_weight(
     planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
 ) -> Tensor:
-    """Arguments and result as in ``reference.bitserial_weight``; canonical planes are left to it."""
+    """Arguments and result as in ``reference.bitserial_weight``; from either order."""
     if planes.ndim == 2:
-        return reference.bitserial_weight(planes, step, coefficients, weight_shape, channel_axis)
+        return _weight_of_planes(planes, step, coefficients, weight_shape, channel_axis)
     _check_tiles(planes, coefficients, weight_shape)
     if channel_axis != 0:
         raise ValueError(f"expected channel_axis 0 for planes in the order of tiles, got {channel_axis}")
     return _weight(planes, step, coefficients, weight_shape).contiguous()
+
+
+def _weight_of_planes(
+    planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
+) -> Tensor:
+    weight = step.new_empty(weight_shape)
+    if weight.numel():
+        planes, step = planes.contiguous(), step.contiguous()
+        before, after = weight_shape[:channel_axis], weight_shape[channel_axis + 1 :]
+        layout = (math.prod(before), weight_shape[channel_axis], math.prod(after))
+        _C.bitserial_weight_of_planes(
+            planes.data_ptr(), *layout, coefficients, step.data_ptr(), step.ndim == 1, weight.data_ptr()
+        )
+    return weight
 
 
 def _weight(planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:

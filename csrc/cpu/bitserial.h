@@ -37,7 +37,10 @@ void tile_planes(const uint8_t* planes, int64_t rows, int64_t stream_columns, co
 void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,
                    const PlaneSet& set, uint8_t* planes);
 
-// weight [rows, columns] = step * z, one rounding each, columns in the order of the tiles; bias is not read.
+// output [outer, channels, inner] = step * z, one rounding each, from canonical planes; step [1] or [channels].
+void weight_of_planes(const uint8_t* planes, int64_t outer, int64_t channels, int64_t inner, const PlaneSet& set,
+                      const float* step, bool step_per_channel, float* output);
+// The same from tiles, [rows, columns], the columns in their order; bias is not read.
 void bitserial_weight(const PackedWeight& weight, float* output, int threads);
 
 // output [batch, rows] = input [batch, columns] W^T + bias

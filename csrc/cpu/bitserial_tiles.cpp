@@ -1,4 +1,4 @@
-// From bit streams to tiles, and back.
+// From bit streams to tiles, and back, and to the weight itself.
 #include <algorithm>
 #include <cstring>
 
@@ -65,6 +65,24 @@ void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, c
             planes[p * plane_bytes + at / 8] |= static_cast<uint8_t>(value << at % 8);
         }
     });
+}
+
+void weight_of_planes(const uint8_t* planes, int64_t outer, int64_t channels, int64_t inner, const PlaneSet& set,
+                      const float* step, bool step_per_channel, float* output) {
+    const int64_t weights = outer * channels * inner, plane_bytes = ceil_div(weights, 8);
+    for (int64_t byte = 0; byte < plane_bytes; ++byte) {
+        int32_t codes[8] = {};
+        for (int p = 0; p < set.count; ++p) {
+            const int32_t coefficient = (set.inverted[p] ? -1 : 1) * (int32_t{1} << set.exponents[p]);
+            const int bits = planes[p * plane_bytes + byte];
+            for (int i = 0; i < 8; ++i) codes[i] += coefficient * (bits >> i & 1);
+        }
+        const int64_t first = 8 * byte, count = std::min<int64_t>(8, weights - first);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t channel = step_per_channel ? (first + i) / inner % channels : 0;
+            output[first + i] = static_cast<float>(codes[i]) * step[channel];
+        }
+    }
 }
 
 }  // namespace csq::cpu
