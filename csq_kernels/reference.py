@@ -146,7 +146,8 @@ def quantize(values: Tensor, precision: str, grouped: bool) -> tuple[Tensor, Ten
     size = values.abs()
     step = size.amax(-1, keepdim=True) / limit
     if grouped:
-        groups = size.unflatten(-1, (-1, GROUP)).sum(-1)
+        # In pairs: sums of two do not depend on who adds.
+        groups = size.unflatten(-1, (-1, GROUP // 2, 2)).sum(-1).sum(-1)
         step = torch.maximum(step, groups.amax(-1, keepdim=True) / group_limit)
     step = torch.where(size.isfinite().all(-1, keepdim=True), step, torch.nan)
     step = torch.where(step < _SMALLEST_NORMAL, 0.0, step)

@@ -54,5 +54,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("advise_huge_pages", &csq::cpu::advise_huge_pages,
           "Ask for large pages under memory that was allocated and not touched yet.", py::arg("address"),
           py::arg("bytes"));
+    csq::python::bind_bitserial_cuda(m);
     csq::python::bind_reconstruct(m);
 }

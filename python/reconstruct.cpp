@@ -17,22 +17,6 @@ namespace csq::python {
 namespace {
 
 namespace py = pybind11;
-using Address = std::uintptr_t;
-
-// Reported as ValueError.
-[[noreturn]] void fail(const std::string& name, const std::string& expected, const std::string& got) {
-    throw std::invalid_argument("expected " + name + " " + expected + ", got " + got);
-}
-
-template <class T>
-T* array(const char* name, Address address) {
-    if (address == 0) fail(name, "as the address of an array", "0");
-    return reinterpret_cast<T*>(address);
-}
-
-void require_from(const char* name, int64_t value, int64_t least) {
-    if (value < least) fail(name, "of at least " + std::to_string(least), std::to_string(value));
-}
 
 DType parse_dtype(const std::string& name) {
     if (name == "float32") return DType::f32;
