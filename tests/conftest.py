@@ -58,7 +58,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch):
                 return tensor
             buffer = torch.full((tensor.numel() + 2 * GUARD,), SENTINEL, dtype=tensor.dtype, device=tensor.device)
             guarded.append(buffer)
-            return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).fill_(torch.nan)
+            value = torch.nan if tensor.is_floating_point() else SENTINEL
+            return buffer.as_strided(tensor.shape, tensor.stride(), GUARD).fill_(value)
 
         monkeypatch.setattr(owner, name, allocate_poisoned)
 

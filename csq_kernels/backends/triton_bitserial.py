@@ -25,7 +25,8 @@ __all__ = [
     "bitserial_weight",
 ]
 
-WEIGHTS = 1024
+# Weights, and blocks of the input, of a program that decodes or quantizes them.
+WEIGHTS, BLOCKS = 1024, 8
 # Rows of the input from which on making the weight once and multiplying by it is faster, in passes of 16.
 PASSES = 128
 
@@ -88,27 +89,36 @@ def _codes(p_words, i_row, m_row, offset, PLACES: tl.constexpr, OCTETS: tl.const
     return b_codes - offset  # [BN, 128]
 
 
-@triton.jit
-def _quantized(b_x):
-    # reference.quantize, in its order of operations; adding and subtracting 1.5 * 2^23 rounds half to even.
-    b_size = tl.abs(b_x)  # [BM, 128]
-    b_pairs = tl.sum(tl.reshape(b_size, [b_x.shape[0], 64, 2]), 2)
-    b_groups = tl.sum(tl.reshape(b_pairs, [b_x.shape[0], 32, 2]), 2)
-    b_limit = tl.zeros([b_x.shape[0]], tl.float32)
-    b_step = tl.maximum(
-        tl.div_rn(tl.max(b_size, 1), b_limit + 127.0), tl.div_rn(tl.max(b_groups, 1), b_limit + 253.0)
-    )
-    b_finite = tl.sum((b_size < float("inf")).to(tl.int32), 1) == 128
+# reference.quantize in its order of operations, BR blocks of 128 columns a program; the integers as halves.
+@triton.jit(do_not_specialize=["items"])
+def bitserial_quantize_kernel(p_input, p_values, p_steps, items, columns, blocks, BR: tl.constexpr):
+    i_item = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
+    m_item = i_item < items
+    i_within = tl.arange(0, 128)[None, :]
+    i_column = (i_item % blocks)[:, None] * 128 + i_within  # [BR, 128]
+    o_input = (i_item // blocks)[:, None] * columns + i_column
+    b_x = tl.load(p_input + o_input, mask=m_item[:, None] & (i_column < columns), other=0.0).to(tl.float32)
+    b_size = tl.abs(b_x)
+    b_pairs = tl.sum(tl.reshape(b_size, [BR, 64, 2]), 2)
+    b_groups = tl.sum(tl.reshape(b_pairs, [BR, 32, 2]), 2)
+    b_zeros = tl.zeros([BR], tl.float32)
+    b_step = tl.div_rn(tl.max(b_size, 1), b_zeros + 127.0)
+    b_step = tl.maximum(b_step, tl.div_rn(tl.max(b_groups, 1), b_zeros + 253.0))
     b_step = tl.where(b_step < 1.1754943508222875e-38, 0.0, b_step)
+    b_finite = tl.sum((b_size < float("inf")).to(tl.int32), 1) == 128
     b_usable = b_finite & (b_step > 0)
-    b_inverse = tl.div_rn(b_limit + 1.0, tl.where(b_usable, b_step, 1.0))
+    b_inverse = tl.div_rn(b_zeros + 1.0, tl.where(b_usable, b_step, 1.0))
     b_scaled = tl.where(b_usable[:, None], b_x * b_inverse[:, None], 0.0)
-    return (b_scaled + 12582912.0) - 12582912.0, tl.where(b_finite, b_step, float("nan"))
+    # Adding and subtracting 1.5 * 2^23 rounds half to even.
+    b_values = (b_scaled + 12582912.0) - 12582912.0
+    tl.store(p_values + i_item[:, None] * 128 + i_within, b_values.to(tl.float16), mask=m_item[:, None])
+    tl.store(p_steps + i_item, tl.where(b_finite, b_step, float("nan")), mask=m_item)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "offset"])
 def bitserial_linear_kernel(
     p_input,
+    p_input_steps,
     p_words,
     p_step,
     p_bias,
@@ -139,14 +149,13 @@ def bitserial_linear_kernel(
         m_load = m_input[:, None] & (i_column < columns)
         b_x = tl.load(p_input + i_input[:, None] * columns + i_column, mask=m_load, other=0.0)  # [BM, 128]
         b_codes = _codes(p_tiles + block * TILE_WORDS, i_row, m_row, offset, PLACES, OCTETS)
+        b_codes = b_codes.to(tl.float32).to(ARITHMETIC)
+        b_x = tl.trans(b_x.to(ARITHMETIC))
         if QUANTIZED:
-            b_x, b_input_step = _quantized(b_x.to(tl.float32))
-            b_x = tl.trans(b_x.to(ARITHMETIC))
-            b_product = tl.dot(b_codes.to(tl.float32).to(ARITHMETIC), b_x, input_precision="ieee")
-            b_sums += b_input_step[None, :] * b_product
+            b_input_step = tl.load(p_input_steps + i_input * blocks + block, mask=m_input, other=0.0)
+            b_sums += b_input_step[None, :] * tl.dot(b_codes, b_x, input_precision="ieee")
         else:
-            b_x = tl.trans(b_x.to(ARITHMETIC))
-            b_sums = tl.dot(b_codes.to(tl.float32).to(ARITHMETIC), b_x, b_sums, input_precision="ieee")
+            b_sums = tl.dot(b_codes, b_x, b_sums, input_precision="ieee")
     b_sums *= tl.load(p_step + i_row * step_stride, mask=m_row, other=0.0)
     if BIAS:
         b_sums += tl.load(p_bias + i_row, mask=m_row, other=0.0)
@@ -238,11 +247,26 @@ def _offset(coefficients: Sequence[int]) -> int:
     return -sum(k for k in coefficients if k < 0)
 
 
-def block_shape(batch: int) -> tuple[int, int, int]:
-    """Rows of the weight and of the input that a program multiplies, and its warps."""
+def block_shape(batch: int, arithmetic: torch.dtype, quantized: bool) -> tuple[int, int]:
+    """Rows of the weight and of the input that a program multiplies: as many as fit the registers."""
     if batch <= gpu_planes.PASS_ROWS:
-        return 32, gpu_planes.PASS_ROWS, 4
-    return 64, 64, 4
+        return 32, gpu_planes.PASS_ROWS
+    if arithmetic == torch.float32:
+        return 32, 32
+    return 64, 32 if quantized else 64
+
+
+def _quantized(input: Tensor) -> tuple[Tensor, Tensor]:
+    """The input in blocks of 128 columns as integers, and the steps of the blocks."""
+    batch, columns = input.shape
+    padded = gpu_planes.padded_columns(columns)
+    blocks = padded // gpu_planes.COLUMNS
+    values = input.new_empty((batch, padded), dtype=torch.float16)
+    steps = input.new_empty((batch, blocks), dtype=torch.float32)
+    bitserial_quantize_kernel[(triton.cdiv(batch * blocks, BLOCKS),)](
+        input, values, steps, batch * blocks, columns, blocks, BR=BLOCKS
+    )
+    return values, steps
 
 
 def bitserial_linear(
@@ -277,17 +301,19 @@ def bitserial_linear(
     arithmetic = torch.float16 if quantized else input.dtype
     if not gpu_planes.exact_in(arithmetic, coefficients):
         arithmetic = torch.float32
-    height, width, warps = block_shape(batch)
+    height, width = block_shape(batch, arithmetic, quantized)
     with torch.cuda.device_of(input):
+        values, steps = _quantized(flat) if quantized else (flat, step)
         bitserial_linear_kernel[(triton.cdiv(rows, height), triton.cdiv(batch, width))](
-            flat,
+            values,
+            steps,
             tiles.view(torch.int32),
             step,
             step if bias is None else bias,
             output,
             batch,
             rows,
-            columns,
+            values.shape[1],
             tiles.shape[1],
             _offset(coefficients),
             step.stride(0) if step.ndim == 1 else 0,
@@ -297,7 +323,6 @@ def bitserial_linear(
             BIAS=bias is not None,
             BN=height,
             BM=width,
-            num_warps=warps,
         )
     return output
 

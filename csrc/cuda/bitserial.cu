@@ -426,6 +426,13 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) p.steps[(input / kPassRows * blocks + block) * kPassRows + input % kPassRows] = step;
 }
 
+// Elements that move in one access of 16 bytes.
+template <class T>
+struct alignas(sizeof(uint4)) Run {
+    static constexpr int kLength = sizeof(uint4) / sizeof(T);
+    T lane[kLength];
+};
+
 template <class T, bool kTiled>
 __global__ void __launch_bounds__(kThreads)
     bitserial_weight_kernel(const __grid_constant__ BitserialWeight p, int64_t items, int offset) {
@@ -434,9 +441,20 @@ __global__ void __launch_bounds__(kThreads)
     WeightItem made;
     make_codes<kTiled>(p, item, offset, made);
     T* output = static_cast<T*>(p.output) + made.first;
+    Run<T> run[kLaneColumns / Run<T>::kLength];
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
-        if (i < made.count) output[i] = from_float<T>(weight_of(p, made, i));
+        const float value = i < made.count ? weight_of(p, made, i) : 0.0f;
+        run[i / Run<T>::kLength].lane[i % Run<T>::kLength] = from_float<T>(value);
+    }
+    if (made.count == kLaneColumns && reinterpret_cast<uintptr_t>(output) % sizeof(uint4) == 0) {
+#pragma unroll
+        for (int i = 0; i < kLaneColumns / Run<T>::kLength; ++i) reinterpret_cast<Run<T>*>(output)[i] = run[i];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+        if (i < made.count) output[i] = run[i / Run<T>::kLength].lane[i % Run<T>::kLength];
     }
 }
 
