@@ -96,7 +96,7 @@ def _read(cubin: Path, compiler: str, arch: str, label: Callable[[str], tuple[st
 
 
 def _bitserial_label(symbol: str) -> tuple[str, str]:
-    """Name of a kernel of ``bitserial.cu``; its planes, how it multiplies and the input rows it serves, or its dtype."""
+    """Name of a kernel of ``bitserial.cu``; its planes, how it multiplies and for how many input rows, or its dtype."""
     name = re.search(r"\d(bitserial_[a-z]+_kernel)", symbol)
     product = re.search(r"_kernelILi(\d+)E(?:.*?_\d+(Halves|Bytes)E)?Li(\d+)E", symbol)
     if name is None:

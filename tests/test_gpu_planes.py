@@ -1,7 +1,7 @@
 """The order of planes that the GPU kernels read, and the arithmetic of the CUDA kernels on the processor.
 
-The emulation feeds the operands that ``csrc/core/bitserial_words.h`` makes for each thread to matrix instructions as the
-PTX manual defines them, so a wrong bit, lane or column shows here.
+The emulation feeds the operands that ``csrc/core/bitserial_words.h`` makes for each thread to matrix instructions as
+the PTX manual defines them, so a wrong bit, lane or column shows here.
 """
 
 import pytest
@@ -137,9 +137,10 @@ def test_emulated_product_is_exact(coefficients: tuple[int, ...], dtype: torch.d
     actual = emulate(
         padded(input, columns), None, planes, coefficients, torch.tensor(1.0), None, (rows, columns), FLOAT32
     )
-    torch.testing.assert_close(
-        actual.double(), expected, rtol=0, atol=0 if fits else float(expected.abs().max()) * 1e-6
-    )
+    if fits:
+        assert torch.equal(actual.double(), expected)
+    else:
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @native

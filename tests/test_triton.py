@@ -23,16 +23,8 @@ def _release(package: str) -> tuple[int, ...]:
 )
 @pytest.mark.parametrize("cases", CASES)
 def test_kernels_in_the_interpreter(cases: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--timeout=500",
-        str(Path(__file__).parent / cases),
-    ]
+    options = ("-q", "-p", "no:cacheprovider", "--timeout=500")
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__).parent / cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]

@@ -1,8 +1,9 @@
 """Products with packed weights on a CUDA device: ``python bench/suites/bitserial_cuda.py [--out FILE]``.
 
-Each call of a CUDA graph takes another layer of a set of 200 MB, four times the cache of an H100, so that weights come from
-memory. Opponents in the same run are cuBLAS with weights in float16, rotated likewise, and a read of as many bytes. A line
-is printed and appended for each width, batch and backend; one whose output is wrong has no time, and the command fails.
+Each call of a CUDA graph takes another layer of a set of 200 MB, four times the cache of an H100, so that weights come
+from memory. In the same run: cuBLAS with weights in float16, rotated likewise, and a read of as many bytes.
+A line is printed and appended for each width, batch and backend; one whose output is wrong has no time, and the command
+fails.
 """
 
 import argparse

@@ -6,8 +6,8 @@ whose lane ``l = 4 g + t`` owns 4 rows and one block of 32 columns::
     row 8 r + g            r = 0..3, g = 0..7
     column 32 t + 4 i + c  t = 0..3, i = 0..7, c = 0..3
 
-One plane of the 32 columns of one row is a 32-bit word, so that an operand of a matrix instruction is what a mask leaves
-of a word, and the input that goes with it lies in order::
+One plane of the 32 columns of one row is a 32-bit word, so that an operand of a matrix instruction is what a mask
+leaves of a word, and the input that goes with it lies in order::
 
     byte of the word   0      1      2      3
     column c           0      2      1      3        bit i of the byte: column 32 t + 4 i + c
@@ -146,7 +146,7 @@ def expanded_linear(
     bias: Tensor | None,
     coefficients: Sequence[int],
 ) -> Tensor:
-    """The product with the codes in the dtype of ``input`` if they are exact there, summed in float32; then step, bias."""
+    """The product with the codes in the dtype of ``input``, if they are exact there, summed in float32; step, bias."""
     if input.dtype == torch.float32 or not exact_in(input.dtype, coefficients):
         product = input.float() @ codes(torch.float32).T
     else:

@@ -1,7 +1,7 @@
 """The ops on packed weights in Triton, for CUDA tensors, or for CPU tensors where Triton interprets.
 
-Words of planes become words of bytes by shifts and selects, and only then one element a weight. The weight is the operand
-with the rows of the product, so that what was unpacked can stay in registers. ``high`` is served as ``exact``.
+Words of planes become words of bytes by shifts and selects, and only then one element a weight. The weight is the
+operand with the rows of the product, so that what was unpacked can stay in registers. ``high`` is served as ``exact``.
 """
 
 from collections.abc import Sequence
@@ -190,7 +190,7 @@ def bitserial_untiled_weight_kernel(
     tl.store(p_weight + o_weight, b_weight.to(p_weight.dtype.element_ty), mask=m_row & (i_column < columns))
 
 
-# The same from canonical planes; the set bits of `exponents` are those of the planes, `inverted` marks the negative ones.
+# The same from canonical planes; the set bits of `exponents` are those of the planes, of `inverted` the negative ones.
 @triton.jit(do_not_specialize=["weights", "plane_bytes", "planes", "exponents", "inverted"])
 def bitserial_weight_kernel(
     p_planes,
