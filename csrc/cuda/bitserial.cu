@@ -434,7 +434,7 @@ struct alignas(sizeof(uint4)) Run {
 };
 
 template <class T, bool kTiled>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bitserial_weight_kernel(const __grid_constant__ BitserialWeight p, int64_t items, int offset) {
     const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (item >= items) return;
