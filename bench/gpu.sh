@@ -45,5 +45,6 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 part tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider "${workers[@]}" "$root/tests"
 part reconstruct 110 "$python" "$root/bench/run.py" reconstruct --device cuda --out "$out/reconstruct.jsonl"
+part bitserial 90 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # The kernels of this checkout, whatever is installed.
 sys.path.insert(0, str(ROOT))
-CUDA_SOURCES = ("csrc/cuda/reconstruct.cu",)
+CUDA_SOURCES = ("csrc/cuda/reconstruct.cu", "csrc/cuda/bitserial.cu")
 TRITON_ARCHITECTURES = (80, 90, 100)
 NVCC_ARCHITECTURES = ("80", "90a", "100")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,10 +95,28 @@ def _read(cubin: Path, compiler: str, arch: str, label: Callable[[str], tuple[st
         )
 
 
+def _bitserial_label(symbol: str) -> tuple[str, str]:
+    """Name of a kernel of ``bitserial.cu``; its planes, how it multiplies and for how many input rows, or its dtype."""
+    name = re.search(r"\d(bitserial_[a-z]+_kernel)", symbol)
+    product = re.search(r"_kernelILi(\d+)E(?:.*?_\d+(Halves|Bytes)E)?Li(\d+)E", symbol)
+    if name is None:
+        raise ValueError(f"expected the name of a kernel in {symbol!r}, got none")
+    if product is not None:
+        return name[1], f"{product[1]} planes {product[2] or 'Floats'} x{int(product[3]) * (8 if product[2] else 1)}"
+    dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)(?:Lb(\d)E|.*?ArithmeticE(\d))", symbol)
+    order = {"0": "planes", "1": "tiles"}
+    target = {"1": "to fp16", "2": "to int8"}
+    if dtype is None:
+        raise ValueError(f"expected a dtype in {symbol!r}, got none")
+    return name[1], f"{MANGLED_DTYPES[dtype[1]]} {order[dtype[2]] if dtype[2] else target[dtype[3]]}"
+
+
 def compile_cuda(arch: str) -> list[Kernel]:
     """Compile ``csrc/cuda`` for one architecture, such as ``"90a"``."""
 
     def label(symbol: str) -> tuple[str, str]:
+        if "bitserial" in symbol:
+            return _bitserial_label(symbol)
         name = re.search(r"\d(reconstruct_[a-z]+_kernel)", symbol)
         template = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)Li(\d+)E", symbol)
         variant = f"{MANGLED_DTYPES[template[1]]} x{template[2]}" if template else "fp64"
@@ -144,6 +162,24 @@ def _launches(module: ModuleType, dtype: torch.dtype, per_channel: bool) -> list
     return calls
 
 
+def _bitserial_launches(module: ModuleType, dtype: torch.dtype, planes: int) -> list[tuple[Any, dict[str, Any]]]:
+    """As ``_launches``: products of 1 and of 512 rows, in both kinds of arithmetic, and the weight, of 4096 x 4096."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    coefficients, shape = [1 << bit for bit in reversed(range(planes))], [4096, 4096]
+    canonical = torch.empty(planes, 4096 * 4096 // 8, dtype=torch.uint8, device="meta")
+    tiles = torch.empty(module.gpu_planes.tile_shape(coefficients, shape), dtype=torch.uint8, device="meta")
+    step = torch.empty(4096, device="meta")
+    with mock.patch.multiple(module, **{name: _Recorder(getattr(module, name), calls) for name in names}):
+        for batch in (1, 512):
+            for precision in ("exact", "int8"):
+                input = torch.empty(batch, 4096, dtype=dtype, device="meta")
+                module.bitserial_linear(input, tiles, step, None, coefficients, shape, precision)
+        module.bitserial_weight(tiles, step, coefficients, shape, 0)
+        module.bitserial_weight(canonical, step, coefficients, shape, 0)
+    return calls
+
+
 def _integer_type(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
@@ -153,6 +189,7 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+    pointers |= {torch.uint8: "*u8", torch.int32: "*i32"}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -176,18 +213,23 @@ def compile_triton(arch: int) -> list[Kernel]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from csq_kernels.backends import triton_reconstruct
+    from csq_kernels.backends import triton_bitserial, triton_reconstruct
 
+    launches = []
+    for name, dtype in DTYPES.items():
+        for per_channel in (False, True):
+            variant = f"{name} {'channel' if per_channel else 'layer'}"
+            launches += [(variant, *launch) for launch in _launches(triton_reconstruct, dtype, per_channel)]
+        for planes in (2, 4, 8):
+            variant = f"{name} {planes} planes"
+            launches += [(variant, *launch) for launch in _bitserial_launches(triton_bitserial, dtype, planes)]
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, dtype in DTYPES.items():
-            for per_channel in (False, True):
-                for kernel, arguments in _launches(triton_reconstruct, dtype, per_channel):
-                    variant = f"{name} {'channel' if per_channel else 'layer'}"
-                    compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32))
-                    cubin = Path(folder) / "kernel.cubin"
-                    cubin.write_bytes(compiled.asm["cubin"])
-                    kernels += _read(cubin, "triton", f"sm_{arch}", lambda symbol, variant=variant: (symbol, variant))
+        for variant, kernel, arguments in launches:
+            compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32))
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            kernels += _read(cubin, "triton", f"sm_{arch}", lambda symbol, variant=variant: (symbol, variant))
     return kernels
 
 

@@ -63,14 +63,14 @@ def from_masks(stored: int, negative: int) -> tuple[int, ...]:
     return tuple(-power if power & negative else power for power in powers if power & stored)
 
 
-def _pack(bits: Tensor) -> Tensor:
-    """A flat bool tensor as bytes."""
+def pack_bits(bits: Tensor) -> Tensor:
+    """A flat tensor of bits as the bytes of a plane."""
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (padded.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
 
 
-def _unpack(plane: Tensor, weights: int) -> Tensor:
+def unpack_bits(plane: Tensor, weights: int) -> Tensor:
     """The bits of one plane, uint8 of shape ``(weights,)``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=plane.device)
     return ((plane[:, None] >> shifts) & 1).flatten()[:weights]
@@ -144,7 +144,7 @@ def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor
         raise ValueError(f"expected codes of magnitude below 2^{MAX_PLANES - 1}, got coefficients {coefficients}")
     if not kept:
         return torch.empty((0, plane_bytes(codes.numel())), dtype=torch.uint8, device=codes.device), ()
-    return torch.stack([_pack(bits) for _, bits in kept]), coefficients
+    return torch.stack([pack_bits(bits) for _, bits in kept]), coefficients
 
 
 def decode(planes: Tensor, coefficients: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -157,5 +157,5 @@ def decode(planes: Tensor, coefficients: Sequence[int], shape: Sequence[int]) ->
     weights = math.prod(shape)
     codes = torch.zeros(weights, dtype=torch.int32, device=planes.device)
     for plane, coefficient in zip(planes, coefficients, strict=True):
-        codes += _unpack(plane, weights).to(torch.int32) * coefficient
+        codes += unpack_bits(plane, weights).to(torch.int32) * coefficient
     return codes.view(*shape)

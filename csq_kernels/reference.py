@@ -16,7 +16,7 @@ from csq_kernels._ops import conv2d_shape
 
 # Columns of a packed linear layer that share one step of the quantized input, and how many of them a table serves.
 BLOCK, GROUP = 128, 4
-# Up to so many rows of input, tables serve.
+# Up to so many rows of input, tables serve on the processor.
 TABLE_BATCH = 2
 # Largest magnitude of a quantized input, and of the sum over a group before rounding, by precision.
 ELEMENT_LIMIT = {"int8": 127, "high": 32639}
@@ -132,7 +132,7 @@ def hard_weight(codes: Tensor, scale: Tensor, n_bits: int, channel_axis: int) ->
     return codes.to(scale.dtype) * step
 
 
-def quantize(values: Tensor, element_limit: int | None, group_limit: int | None) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, element_limit: int | None, group_limit: int | None = None) -> tuple[Tensor, Tensor]:
     """The integers and the step of an input: what ``int8`` and ``high`` mean, whichever kernel computes.
 
     One step for the last axis: ``max(max |x| / element_limit, max over groups of 4 of sum |x| / group_limit)``, without
@@ -164,14 +164,14 @@ def quantize_rows(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """``quantize`` as a packed linear layer does: float32 ``(rows, columns)`` in blocks of 128 columns, the last one
     filled up with zeros.
 
-    Up to 2 rows, which meet tables, the groups limit an int8 step, and both limits a high one; more rows, which meet
-    products, have the elements' limit.
+    On the processor up to 2 rows meet tables: then the groups limit an int8 step, and both limits a high one. All else
+    meets products and has the elements' limit.
 
     Returns:
         q ``(rows, blocks, 128)``, the steps ``(rows, blocks, 1)``.
     """
     blocks = F.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    tables = values.shape[0] <= TABLE_BATCH
+    tables = values.shape[0] <= TABLE_BATCH and values.device.type == "cpu"
     element_limit = None if tables and precision == "int8" else ELEMENT_LIMIT[precision]
     return quantize(blocks, element_limit, GROUP_LIMIT[precision] if tables else None)
 
@@ -235,7 +235,7 @@ def bitserial_conv2d(
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
         return with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)
-    integers, steps = quantize(input.flatten(1).float(), ELEMENT_LIMIT[precision], None)
+    integers, steps = quantize(input.flatten(1).float(), ELEMENT_LIMIT[precision])
     quantized = (integers.double() * steps.double()).view(input.shape)
     codes = bitplanes.decode(planes, coefficients, weight_shape)
     output = F.conv2d(quantized, codes.double(), *options) * along_channel(step.double(), 3, 0)

@@ -58,5 +58,6 @@ PYBIND11_MODULE(_C, m) {
           "Read memory once, as fast as it comes, and return a sum of what was read.", py::arg("address"),
           py::arg("bytes"), py::arg("threads"));
     csq::python::bind_bitserial(m);
+    csq::python::bind_bitserial_cuda(m);
     csq::python::bind_reconstruct(m);
 }

@@ -105,7 +105,7 @@ def judged(case: Packed, input: Tensor, bias: Tensor, precision: str, **options)
         integers, steps = reference.quantize_rows(input, precision)
         exact_input = (integers.double() * steps.double()).flatten(1)[:, : input.shape[1]]
     elif precision != "exact":
-        integers, steps = reference.quantize(input.flatten(1), reference.ELEMENT_LIMIT[precision], None)
+        integers, steps = reference.quantize(input.flatten(1), reference.ELEMENT_LIMIT[precision])
         exact_input = (integers.double() * steps.double()).view(input.shape)
     else:
         exact_input = input.double()

@@ -26,6 +26,9 @@ def check(kernels: list) -> None:
     spilled = [kernel for kernel in kernels if kernel.local_bytes > 0]
     assert not spilled, f"expected kernels without local memory, got {spilled}"
     for kernel in kernels:
+        if kernel.compiler == "nvcc" and " planes " in kernel.variant:
+            # An access of 16 bytes a plane, in the loop and before it.
+            assert kernel.wide_loads >= 2 * int(kernel.variant.split()[0]), kernel
         operation = kernel.name.removeprefix("reconstruct_").removesuffix("_kernel")
         one_element = kernel.compiler == "nvcc" and kernel.variant.endswith("x1")
         if operation in BULK and not one_element:
@@ -45,5 +48,6 @@ def test_cuda_kernels(offline: ModuleType, arch: str) -> None:
     if reason := offline.missing_nvcc():
         pytest.skip(reason)
     kernels = offline.compile_cuda(arch)
-    assert {kernel.name for kernel in kernels} >= {"reconstruct_forward_kernel", "reconstruct_backward_kernel"}
+    names = {kernel.name for kernel in kernels}
+    assert names >= {"reconstruct_forward_kernel", "reconstruct_backward_kernel", "bitserial_mma_kernel"}
     check(kernels)

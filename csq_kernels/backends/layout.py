@@ -19,7 +19,12 @@ def channel_layout(
     weight_shape: Sequence[int], gate_logits: Tensor, scale: Tensor, channel_axis: int
 ) -> tuple[int, int, int]:
     """Return ``(outer, channels, inner)``; outer and channels are 1 when neither gates nor scale are per channel."""
-    if gate_logits.ndim != 2 and scale.ndim != 1:
+    return weight_layout(weight_shape, gate_logits.ndim == 2 or scale.ndim == 1, channel_axis)
+
+
+def weight_layout(weight_shape: Sequence[int], per_channel: bool, channel_axis: int) -> tuple[int, int, int]:
+    """Return ``(outer, channels, inner)``; outer and channels are 1 when nothing is per channel."""
+    if not per_channel:
         return 1, 1, math.prod(weight_shape)
     before, after = weight_shape[:channel_axis], weight_shape[channel_axis + 1 :]
     return math.prod(before), weight_shape[channel_axis], math.prod(after)

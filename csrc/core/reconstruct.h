@@ -4,11 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CSQ_HD __host__ __device__ __forceinline__
-#else
-#define CSQ_HD inline
-#endif
+#include "core/host_device.h"
 
 namespace csq {
 

@@ -4,18 +4,9 @@
 #include <cstdint>
 
 #include "core/reconstruct.h"
-
-struct CUstream_st;
+#include "cuda/launch.h"
 
 namespace csq::cuda {
-
-using Stream = CUstream_st*;
-
-// Whether a launch was accepted: reason is null if so, else the runtime's text, and kernel names the one refused.
-struct LaunchStatus {
-    const char* kernel = nullptr;
-    const char* reason = nullptr;
-};
 
 // W of equation (3), in params.dtype. All addresses are of the current device.
 LaunchStatus reconstruct_forward(const ReconstructParams& params, void* weight, Stream stream);
