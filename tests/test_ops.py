@@ -344,7 +344,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "spoil", "error"), BAD, ids=[f"{name}{i}" for i, (name, *_) in enumerate(BAD)])
-@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize("op", ["reconstruct", "reconstruct_backward"])
 def test_bad_arguments_are_named(op: str, name: str, spoil: Callable, error: type[Exception]) -> None:
     arguments = PER_CHANNEL.arguments()._asdict()
     if op == "reconstruct_backward":
@@ -359,7 +359,7 @@ def test_bad_arguments_are_named(op: str, name: str, spoil: Callable, error: typ
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, 0.0, math.inf])
-@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize("op", ["reconstruct", "reconstruct_backward"])
 def test_temperature_must_be_positive_and_finite_on_the_cpu(op: str, value: float) -> None:
     arguments = PER_LAYER.arguments()._replace(temperature=torch.tensor(value))
     leading = (PER_LAYER.grad_weight(),) if op == "reconstruct_backward" else ()
