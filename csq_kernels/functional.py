@@ -200,7 +200,8 @@ def bitserial_conv2d(
 ) -> Tensor:
     """Convolution with a packed weight; arguments as in ``bitserial_linear`` and ``torch.nn.functional.conv2d``.
 
-    With ``"high"`` and ``"int8"`` the input has one step for each sample; with groups every precision is exact.
+    With ``"high"`` and ``"int8"`` the input has one step for each sample; with groups or
+    fewer than 4 input channels every precision is exact.
 
     Args:
         input: ``(batch, C, H, W)``.

@@ -213,6 +213,13 @@ def bitserial_linear(
     return with_bias(output, bias, 0, input.dtype).view(*input.shape[:-1], rows)
 
 
+def always_exact(weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether a convolution ignores its precision: with groups or fewer than 4 input channels, as depth-wise and first
+    layers, it computes too little for a quantized input to pay.
+    """
+    return groups > 1 or weight_shape[1] < GROUP
+
+
 def bitserial_conv2d(
     input: Tensor,
     planes: Tensor,
@@ -231,7 +238,7 @@ def bitserial_conv2d(
         shape = conv2d_shape(input, weight_shape, stride, padding, dilation)
         return input.new_zeros(shape) + (0 if bias is None else bias.to(input.dtype).view(-1, 1, 1))
     options = (None, list(stride), list(padding), list(dilation), groups)
-    if precision == "exact" or groups > 1:
+    if precision == "exact" or always_exact(weight_shape, groups):
         dtype = _working_dtype(input.dtype)
         weight = bitserial_weight(planes, step, coefficients, weight_shape, 0).to(dtype)
         return with_bias(F.conv2d(input.to(dtype), weight, *options), bias, 2, input.dtype)

@@ -2,8 +2,7 @@
 
 Linear layers and convolutions without groups read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k,
 1024)`` bytes; the columns of a convolution's are kernel row, kernel column, channel, the channels filled up to a multiple
-of 4. Everything else reads canonical planes: of convolutions with groups the weight is unpacked at each call, since it is as
-small as their results are many. The caller has checked the arguments.
+of 4. Everything else reads canonical planes: the weight of other convolutions is unpacked at each call, since it is small. The caller has checked the arguments.
 """
 
 import functools
@@ -138,8 +137,8 @@ def bitserial_linear(
 
 
 def _prefer_float(output_shape: Sequence[int]) -> bool:
-    """Whether to unpack the weight and leave the convolution to PyTorch: it does many positions 10 % faster, if it can
-    fill its vectors with output channels.
+    """Whether to unpack the weight and leave an exact convolution to PyTorch: it does many positions 10 % faster, if it
+    can fill its vectors with output channels.
     """
     batch, channels, height, width = output_shape
     return channels >= 32 and batch * height * width >= 2048
@@ -160,7 +159,8 @@ def bitserial_conv2d(
 ) -> Tensor:
     """Arguments and result as in ``reference.bitserial_conv2d``; canonical planes are left to it."""
     windows = (tuple(stride), tuple(padding), tuple(dilation))
-    if planes.ndim == 2 and (precision == "exact" or groups > 1) and input.dtype != torch.float64:
+    exact = precision == "exact" or reference.always_exact(weight_shape, groups)
+    if planes.ndim == 2 and exact and input.dtype != torch.float64:
         weight = _weight_of_planes(planes, step, coefficients, weight_shape, 0)
         return F.conv2d(_as_float32(input), weight, bias, *windows, groups).to(input.dtype)
     if planes.ndim == 2 or input.dtype == torch.float64:

@@ -139,7 +139,7 @@ def bitserial_conv2d(
     def codes(dtype: torch.dtype) -> Tensor:
         return _decode(planes, None, coefficients, weight_shape, 0, dtype)
 
-    return gpu_planes.conv2d(input, codes, step, bias, coefficients, options, precision)
+    return gpu_planes.conv2d(input, codes, step, bias, coefficients, weight_shape, options, precision)
 
 
 def bitserial_weight(

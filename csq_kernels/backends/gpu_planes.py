@@ -163,12 +163,13 @@ def conv2d(
     step: Tensor,
     bias: Tensor | None,
     coefficients: Sequence[int],
+    weight_shape: Sequence[int],
     options: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     precision: str,
 ) -> Tensor:
     """The convolution with the codes; they are integers, times a power of two where halves might overflow."""
     values, sample_step = input, None
-    if precision == "int8":
+    if precision == "int8" and not reference.always_exact(weight_shape, options[3]):
         values, sample_step = reference.quantize(input.float().flatten(1), reference.ELEMENT_LIMIT[precision])
         values, sample_step = values.view(input.shape), sample_step.view(-1, 1, 1, 1)
     elif not exact_in(input.dtype, coefficients):

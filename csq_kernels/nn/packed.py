@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from csq_kernels import bitplanes, functional
 from csq_kernels._ops import MAX_BITS
 from csq_kernels.nn.layer import CSQLayer
-from csq_kernels.reference import along_channel
+from csq_kernels.reference import along_channel, always_exact
 
 OWN = ("planes", "scale", "_extra_state")
 _STATE_VERSION = 1
@@ -397,7 +397,9 @@ class _PackedPlanarConv(PackedLayer):
         return (*self.weight_shape[:2], *self._planar(self.weight_shape[2:], 1))
 
     def _order(self):
-        return ("bitserial_conv2d", self._planar_shape()) if self.groups == 1 else None
+        if always_exact(self.weight_shape, self.groups):
+            return None
+        return "bitserial_conv2d", self._planar_shape()
 
     def _float_weight(self) -> Tensor:
         weight = functional.bitserial_weight(self.planes, self.step, self.coefficients, self._planar_shape())
