@@ -46,9 +46,7 @@ def digits(compiled: ctypes.CDLL, temperature: float, positive: np.ndarray, nega
 
 def soft_bits(compiled: ctypes.CDLL, temperature: float, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bits, slopes = np.full_like(logits, np.nan), np.full_like(logits, np.nan)
-    compiled.soft_bits(
-        ctypes.c_int64(logits.size), ctypes.c_float(temperature), *map(address, (logits, bits, slopes))
-    )
+    compiled.soft_bits(ctypes.c_int64(logits.size), ctypes.c_float(temperature), *map(address, (logits, bits, slopes)))
     return bits, slopes
 
 
