@@ -116,10 +116,10 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the working tree, with ``-dirty`` if it has changes; None outside a repository."""
+    """The commit of the working tree, with ``-dirty`` if it has changes; in a copy without one, ``CSQ_COMMIT``."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return done.stdout.strip() or os.environ.get("CSQ_COMMIT")
 
 
 def circumstances(device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Throughput of the ops against plain PyTorch: ``python bench/run.py reconstruct``. README.md explains the columns."""
+"""Throughput of ops and layers against plain PyTorch: ``python bench/run.py OP``. README.md explains the columns."""
 
 import argparse
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import steps
 import torch
 import torch._inductor.config
 from harness import Entry, append_lines, circumstances, interleave, peak_bytes
@@ -38,15 +39,16 @@ def per_bit(planes: list[Tensor], gate_logits: Tensor, scale: Tensor, temperatur
 class Reconstruct:
     """One weight to reconstruct, with per-layer gates and scale, for every provider."""
 
-    def __init__(self, shape: tuple[int, ...], n_bits: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(2, n_bits, *shape, generator=generator) * 2 / TEMPERATURE
+    def __init__(self, shape: tuple[int, ...], n_bits: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        logits = torch.randn(2, n_bits, *shape, generator=generator, device=device).mul_(2 / TEMPERATURE).to(dtype)
         self.device = device
-        self.grad_weight = (0.5 + torch.randn(shape, generator=generator)).to(device)
-        self.gate_logits = (torch.randn(n_bits, generator=generator) / TEMPERATURE).to(device).requires_grad_()
+        self.grad_weight = (0.5 + torch.randn(shape, generator=generator, device=device)).to(dtype)
+        gate_logits = torch.randn(n_bits, generator=generator, device=device) / TEMPERATURE
+        self.gate_logits = gate_logits.requires_grad_()
         self.scale = torch.tensor(0.7, device=device, requires_grad=True)
         self.temperature = torch.tensor(TEMPERATURE, device=device)
-        self.bit_logits = logits.to(device).requires_grad_()
+        self.bit_logits = logits.requires_grad_()
         # Leaves of their own: slices of one parameter would charge PyTorch for a full gradient per slice.
         self.planes = [plane.detach().clone().requires_grad_() for plane in self.bit_logits.flatten(0, 1)]
 
@@ -156,7 +158,7 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
         for norm, error, eager_error, largest in zip(
             ("largest", "root mean square"), norms(), eager, size, strict=True
         ):
-            allowed = 2 * (eager_error + largest * torch.finfo(torch.float32).eps / 2)
+            allowed = 2 * (eager_error + largest * torch.finfo(outputs[key][name][0].dtype).eps / 2)
             verdict = Verdict(error / allowed, f"{norm} error of {name} {error:.2e}, allowed {allowed:.2e}")
             if key not in verdicts or not verdict.error <= verdicts[key].error:
                 verdicts[key] = verdict
@@ -166,7 +168,7 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
 def run_reconstruct(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """Check, then time one shape; return its rows, and whether everything was right."""
     torch._dynamo.reset()
-    problem = Reconstruct(shape, options.n_bits, options.device)
+    problem = Reconstruct(shape, options.n_bits, options.device, options.dtype)
     providers = problem.providers()
     entries = {(p, mode): problem.entry(providers[p], mode) for mode in MODES for p in options.providers}
     verdicts = judge(problem, entries)
@@ -190,7 +192,7 @@ def run_reconstruct(shape: tuple[int, ...], options: argparse.Namespace) -> tupl
                 "provider": provider,
                 "mode": mode,
                 "shape": list(shape),
-                "dtype": "float32",
+                "dtype": str(options.dtype).removeprefix("torch."),
                 "n_bits": options.n_bits,
                 "device": options.device,
                 "rounds": options.rounds,
@@ -213,8 +215,9 @@ def run_reconstruct(shape: tuple[int, ...], options: argparse.Namespace) -> tupl
     return rows, not red
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_reconstruct(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    print(f"\n{rows[0]['op']}, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
     columns = "{:>11} {:16} {:18} {:>11} {:>19} {:>9} {:>6} {:>12} {:>21} {:>9} {:>11} {:>7} {:>6}"
     heads = (
         f"shape mode provider median p20..p80 floor share {' '.join('vs_' + name for name in BASELINES)} memory error"
@@ -239,14 +242,30 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
-OPS = {"reconstruct": run_reconstruct}
+@dataclass(frozen=True)
+class Suite:
+    """What measures one shape and says if all was right, what prints its rows, and the shapes it takes by default."""
+
+    run: Callable[[tuple[int, ...], argparse.Namespace], tuple[list[dict[str, Any]], bool]]
+    show: Callable[[list[dict[str, Any]]], None]
+    shapes: str
+
+
+SUITES = {
+    "reconstruct": Suite(run_reconstruct, print_reconstruct, "1024x1024,4096x4096"),
+    "reconstruct_launch": Suite(steps.run_launch, steps.print_rows, "64x64,512x512"),
+    "csq_linear": Suite(steps.run_linear, steps.print_rows, "256x512x512,512x1024x1024"),
+    "csq_conv2d": Suite(steps.run_conv2d, steps.print_rows, "8x64x64x16x3"),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=SUITES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", default="1024x1024,4096x4096", help="of the weight, comma-separated")
+    parser.add_argument("--shapes", help="comma-separated; README.md says what they name; default: small ones")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits, or of the whole layer")
     parser.add_argument("--n-bits", type=int, default=8)
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="eager is the yardstick and always runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -255,7 +274,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are appended here; default results/OP.jsonl")
     options = parser.parse_args()
     options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
-    options.shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    if options.op == "reconstruct_launch" and options.device != "cuda":
+        parser.error(f"{options.op} needs --device cuda: launches are what a small weight costs there")
+    options.dtype = DTYPES[options.dtype]
+    shapes = options.shapes or SUITES[options.op].shapes
+    options.shapes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
     return options
 
 
@@ -270,11 +293,10 @@ def main() -> int:
         print(f"{key}: {value}")
     all_right = True
     for shape in options.shapes:
-        rows, right = OPS[options.op](shape, options)
+        rows, right = SUITES[options.op].run(shape, options)
         all_right &= right
         if rows:
-            print(f"\n{options.op}, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
-            print_rows(rows)
+            SUITES[options.op].show(rows)
         append_lines(options.out or RESULTS / f"{options.op}.jsonl", [{**row, **context} for row in rows])
     return 0 if all_right else 1
 
