@@ -16,6 +16,8 @@ constexpr int kGroup = 4;
 // they keep 64 KiB of wide loads in flight and more, several times what hides the latency of memory.
 constexpr int kForwardBlocks = 3;
 constexpr int kBackwardBlocks = 2;
+// Blocks that share the channels of one gradient.
+constexpr int64_t kMaxFinishRows = 64;
 
 // What core/soft_bits.h asks for.
 struct Instructions {
@@ -262,45 +264,67 @@ __device__ double block_sum(double value) {
     return values[0];
 }
 
-// totals[planes, channels] = T summed over column blocks and over the summed rows of a channel. A block makes one.
-__global__ void __launch_bounds__(kThreads)
-    reconstruct_totals_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
-                              const double* __restrict__ partial, double* __restrict__ totals) {
-    const int64_t channel = blockIdx.x;
-    const int64_t plane = blockIdx.y;
-    double sum = 0.0;
-    for (int64_t i = threadIdx.x; i < tiling.summed_rows() / p.channels * tiling.column_blocks; i += kThreads) {
-        const int64_t row = plane * tiling.summed_rows() + i / tiling.column_blocks * p.channels + channel;
-        sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) totals[plane * p.channels + channel] = sum;
+// Threads that add up one total: a warp where few partial sums make it, as with a channel per row, else a block.
+int total_threads(const ReconstructParams& p, const Tiling& tiling) {
+    return tiling.summed_rows() / p.channels * tiling.column_blocks <= kThreads ? kWarp : kThreads;
 }
 
-// Equation (5) in the first p.planes blocks, a plane each; equation (6) in the last.
+// totals[planes, channels] = T summed over column blocks and over the summed rows of a channel, by `team` threads each.
+__global__ void __launch_bounds__(kThreads)
+    reconstruct_totals_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
+                              int team, const double* __restrict__ partial, double* __restrict__ totals) {
+    const int64_t total = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
+    if (total >= p.planes * p.channels) return;
+    const int64_t first = total / p.channels * tiling.summed_rows() + total % p.channels;
+    const int64_t count = tiling.summed_rows() / p.channels * tiling.column_blocks;
+    double sum = 0.0;
+    for (int64_t i = threadIdx.x % team; i < count; i += team) {
+        const int64_t row = first + i / tiling.column_blocks * p.channels;
+        sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
+    }
+    if (team == kThreads) {
+        sum = block_sum(sum);
+    } else {
+        for (int other = kWarp / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    }
+    if (threadIdx.x % team == 0) totals[total] = sum;
+}
+
+// Equation (5) in the first p.planes columns of blocks, a plane each; equation (6) in the last. Where every channel has
+// a gradient of its own, the blocks of a column share the channels; else its first block adds them up.
 __global__ void __launch_bounds__(kThreads)
     reconstruct_finish_kernel(const __grid_constant__ ReconstructParams p, const double* __restrict__ totals,
                               float* __restrict__ grad_gate_logits, float* __restrict__ grad_scale) {
-    const double temperature = static_cast<double>(*p.temperature);
-    const double unit = 1.0 / static_cast<double>((1 << p.n_bits) - 1);
-    const auto gate_at = [&](int plane, int64_t channel) {
-        const int64_t at = p.gates_per_channel ? plane * p.channels + channel : plane;
-        return precise_gate(p.gate_logits[at], *p.temperature, p.hard_gates);
-    };
     const int plane = blockIdx.x;
     const bool is_scale = plane == p.planes;
     const bool per_channel = is_scale ? p.scale_per_channel : p.gates_per_channel;
+    if (!per_channel && blockIdx.y > 0) return;
+    const auto gate_at = [&](int b, int64_t channel) {
+        const int64_t at = p.gates_per_channel ? b * p.channels + channel : b;
+        return precise_gate(p.gate_logits[at], *p.temperature, p.hard_gates);
+    };
+    // Those of the layer are computed once, not for each channel again.
+    __shared__ double layer_gates[kMaxPlanes];
+    if (!p.gates_per_channel) {
+        if (threadIdx.x < p.planes) layer_gates[threadIdx.x] = gate_at(threadIdx.x, 0);
+        __syncthreads();
+    }
+    const double temperature = static_cast<double>(*p.temperature);
+    const double unit = 1.0 / static_cast<double>((1 << p.n_bits) - 1);
     float* gradient = is_scale ? grad_scale : grad_gate_logits + plane * (per_channel ? p.channels : 1);
+    const int64_t stride = static_cast<int64_t>(per_channel ? gridDim.y : 1) * kThreads;
     double sum = 0.0;
-    for (int64_t channel = threadIdx.x; channel < p.channels; channel += kThreads) {
+    for (int64_t channel = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; channel < p.channels;
+         channel += stride) {
         double value = 0.0;
         if (is_scale) {
             for (int b = 0; b < p.planes; ++b) {
-                value += static_cast<double>(1 << p.bits[b]) * gate_at(b, channel) * totals[b * p.channels + channel];
+                const double gate = p.gates_per_channel ? gate_at(b, channel) : layer_gates[b];
+                value += static_cast<double>(1 << p.bits[b]) * gate * totals[b * p.channels + channel];
             }
             value *= unit;
         } else if (!p.hard_gates) {
-            const double gate = gate_at(plane, channel);
+            const double gate = p.gates_per_channel ? gate_at(plane, channel) : layer_gates[plane];
             const double scale = static_cast<double>(p.scale[p.scale_per_channel ? channel : 0]);
             const double slope = temperature * gate * (1.0 - gate) * static_cast<double>(1 << p.bits[plane]) * unit;
             value = slope * scale * totals[plane * p.channels + channel];
@@ -343,11 +367,16 @@ LaunchStatus launch_backward(const ReconstructParams& p, const ReconstructGradie
             <<<tiling.blocks(), kThreads, shared, stream>>>(p, tiling, static_cast<const Vector<T, V>*>(g.grad_weight),
                                                             static_cast<Vector<T, V>*>(g.grad_bit_logits), partial);
         if (const auto status = launched("reconstruct_backward_kernel"); status.reason) return status;
-        const dim3 grid(static_cast<unsigned>(p.channels), static_cast<unsigned>(p.planes));
-        reconstruct_totals_kernel<<<grid, kThreads, 0, stream>>>(p, tiling, partial, totals);
+        const int team = total_threads(p, tiling);
+        const int64_t blocks = (p.planes * p.channels + kThreads / team - 1) / (kThreads / team);
+        reconstruct_totals_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, tiling, team, partial,
+                                                                                          totals);
         if (const auto status = launched("reconstruct_totals_kernel"); status.reason) return status;
     }
-    reconstruct_finish_kernel<<<p.planes + 1, kThreads, 0, stream>>>(p, totals, g.grad_gate_logits, g.grad_scale);
+    const bool any_per_channel = p.gates_per_channel || p.scale_per_channel;
+    const int64_t rows = any_per_channel ? std::min((p.channels + kThreads - 1) / kThreads, kMaxFinishRows) : 1;
+    const dim3 grid(static_cast<unsigned>(p.planes + 1), static_cast<unsigned>(rows));
+    reconstruct_finish_kernel<<<grid, kThreads, 0, stream>>>(p, totals, g.grad_gate_logits, g.grad_scale);
     return launched("reconstruct_finish_kernel");
 }
 
