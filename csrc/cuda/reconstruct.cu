@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Equation (5) in the first p.planes columns of blocks, a plane each; equation (6) in the last. Where every channel has
 // a gradient of its own, the blocks of a column share the channels; else its first block adds them up.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     reconstruct_finish_kernel(const __grid_constant__ ReconstructParams p, const double* __restrict__ totals,
                               float* __restrict__ grad_gate_logits, float* __restrict__ grad_scale) {
     const int plane = blockIdx.x;
@@ -318,6 +318,7 @@ __global__ void __launch_bounds__(kThreads)
          channel += stride) {
         double value = 0.0;
         if (is_scale) {
+#pragma unroll 1
             for (int b = 0; b < p.planes; ++b) {
                 const double gate = p.gates_per_channel ? gate_at(b, channel) : layer_gates[b];
                 value += static_cast<double>(1 << p.bits[b]) * gate * totals[b * p.channels + channel];
