@@ -35,12 +35,14 @@ class Verdict:
         return other is None or math.isnan(self.error) or self.error > other.error
 
 
-def twice(name: str, errors: Norms, baseline_errors: Norms, exact: Norms) -> Verdict:
-    """Twice the error of the float32 baseline, plus one rounding, is allowed: the largest and the root mean square."""
+def twice(
+    name: str, errors: Norms, baseline_errors: Norms, exact: Norms, dtype: torch.dtype = torch.float32
+) -> Verdict:
+    """Twice the error of the baseline in ``dtype``, plus one rounding, is allowed: the largest and the root mean square."""
     worst: Verdict | None = None
     norms = zip(("largest", "root mean square"), errors(), baseline_errors(), exact(), strict=True)
     for norm, error, baseline_error, size in norms:
-        allowed = 2 * (baseline_error + size * torch.finfo(torch.float32).eps / 2)
+        allowed = 2 * (baseline_error + size * torch.finfo(dtype).eps / 2)
         verdict = Verdict(error / allowed, f"{norm} error of {name} {error:.2e}, allowed {allowed:.2e}")
         if verdict.worse(worst):
             worst = verdict

@@ -11,16 +11,22 @@ python=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 failed=()
+deadline=$((SECONDS + 530))
 
 # part NAME SECONDS COMMAND...: run the command, show its end, keep all of it in NAME.log.
 part() {
-    local name=$1 seconds=$2 status
+    local name=$1 seconds=$2 left=$((deadline - SECONDS)) status
     shift 2
     echo "== $name"
-    timeout -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1
+    if [ "$left" -lt 5 ]; then
+        echo "== $name: not run, no time is left"
+        failed+=("$name")
+        return
+    fi
+    timeout -k 5 "$((seconds < left ? seconds : left))" "$@" >"$out/$name.log" 2>&1
     status=$?
     tail -n 40 "$out/$name.log"
-    echo "== $name: exit status $status"
+    echo "== $name: exit status $status, $SECONDS s since the start"
     [ "$status" -eq 0 ] || failed+=("$name")
 }
 
@@ -32,19 +38,41 @@ environment() {
 export -f environment
 export python
 
+tests() { part "$1" "$2" "$python" -m pytest -q -p no:cacheprovider "${@:3}" "$root/tests"; }
+bench() { part "$1" "$2" "$python" "$root/bench/run.py" "${@:3}" --device cuda --rounds 20 --out "$out/$1.jsonl"; }
+
+# sanitize TOOL: the smallest tests of every kernel under one of compute-sanitizer's tools.
+sanitize() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "== $1: skipped, compute-sanitizer is not on PATH"
+        return
+    fi
+    # Without PyTorch's cache every tensor is an allocation of its own, whose ends and whose first use are seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 9 \
+        "$python" -m pytest -q -p no:cacheprovider -m gpu -k 'not_aligned and cuda' "$root/tests/test_gpu.py"
+}
+
 capability='import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))'
 CSQ_CUDA_ARCHS=$("$python" -c "$capability") || exit 1
 export CSQ_CUDA=1 CSQ_CUDA_ARCHS
 # Installed into a folder of its own and used from elsewhere: from the root, the sources would hide the built package.
 export PYTHONPATH=$site
-part environment 30 bash -c environment
-part build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" "$root"
+part environment 20 bash -c environment
+part build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" "$root"
 cd "$site" || exit 1
-part info 30 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
+part info 20 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
-part tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider "${workers[@]}" "$root/tests"
-part reconstruct 110 "$python" "$root/bench/run.py" reconstruct --device cuda --out "$out/reconstruct.jsonl"
-part bitserial 90 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
+tests tests 140 -m 'gpu and not slow' "${workers[@]}"
+tests large 40 -m 'gpu and slow'
+bench reconstruct_launch 15 reconstruct_launch
+bench reconstruct 60 reconstruct --providers eager,compiled,csq --shapes 1024x1024,4096x4096,8192x8192
+bench reconstruct_bfloat16 60 reconstruct --dtype bfloat16 --providers eager,compiled,csq --shapes 4096x4096,8192x28672
+bench reconstruct_3_bits 20 reconstruct --n-bits 3 --providers csq --shapes 4096x4096,8192x8192
+bench csq_linear 20 csq_linear --dtype bfloat16 --shapes 8192x4096x4096,2048x4096x14336
+bench csq_conv2d 20 csq_conv2d --dtype bfloat16 --shapes 64x64x64x56x3,64x512x512x7x3
+part bitserial 60 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
+for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
+part status 15 "$python" "$root/bench/status.py" "$out"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

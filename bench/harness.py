@@ -19,6 +19,7 @@ import csq_kernels
 COPY_BYTES = 256 << 20  # larger than any cache, so a copy also evicts the operands of the call that follows
 AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread over the cores
 ROOT = Path(__file__).parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the working tree, with ``-dirty`` if it has changes; None outside a repository."""
+    """The commit of the working tree, with ``-dirty`` if it has changes; in a copy without one, ``CSQ_COMMIT``."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return done.stdout.strip() or os.environ.get("CSQ_COMMIT")
 
 
 def circumstances(device: str) -> dict[str, Any]:

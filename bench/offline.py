@@ -1,14 +1,20 @@
-"""Compile every GPU kernel without a GPU, and read from the machine code what became of it.
+"""What the compilers made of every GPU kernel, read from the machine code: no GPU is needed.
 
-``python bench/offline.py [--json]`` prints, for each kernel and architecture: registers, bytes of local memory
-(spills), global loads and stores of 128 bits and of fewer, and special-function instructions. Triton's package
-carries assembler and disassembler. The kernels of ``csrc/cuda`` are left out, with the reason, without nvcc.
+``python bench/offline.py`` prints, for each kernel and architecture: registers, bytes of local memory (spills) and of
+static shared memory, global loads and stores of 128 bits and of fewer, and special-function instructions. ``--check``
+compares them with ``static/kernels.csv`` and fails if a kernel spills, moves a tensor in narrow accesses, or has more
+of anything than the table; ``--write`` replaces the table.
+
+The CUDA kernels are those inside the installed ``csq_kernels._C``, so nothing is compiled twice; the Triton kernels are
+compiled here. Triton's package carries assembler and disassembler.
 """
 
 import argparse
 import concurrent.futures
+import csv
 import dataclasses
-import json
+import functools
+import importlib
 import os
 import re
 import shutil
@@ -23,36 +29,55 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-# The kernels of this checkout, whatever is installed.
-sys.path.insert(0, str(ROOT))
-CUDA_SOURCES = ("csrc/cuda/reconstruct.cu", "csrc/cuda/bitserial.cu")
+from csq_kernels import _native
+
+TABLE = Path(__file__).parent / "static" / "kernels.csv"
 TRITON_ARCHITECTURES = (80, 90, 100)
-NVCC_ARCHITECTURES = ("80", "90a", "100")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MANGLED_DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+MANGLED_TYPES = {"f": "fp32", "d": "fp64", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+
+# Loads and stores of 128 bits that a kernel which moves whole tensors has at least: logits of both signs, and in the
+# backward pass the gradient; the weight, or the gradients of both signs.
+BULK = {
+    "reconstruct_forward_kernel": (2, 1),
+    "reconstruct_backward_kernel": (3, 2),
+    "reconstruct_fwd_kernel": (2, 1),
+    "reconstruct_bwd_kernel": (3, 2),
+}
+# The variant for arrays and rows that do not allow wide accesses.
+NARROW_VARIANT = re.compile(r"\bx1\b")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Kernel:
     """One compiled kernel; loads and stores are counts of instructions on global memory, not of executions."""
 
     compiler: str
+    version: str
     name: str
     variant: str
     arch: str
     registers: int
     local_bytes: int
+    shared_bytes: int
     wide_loads: int
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
     special: int
 
+    def key(self) -> tuple[str, ...]:
+        return self.compiler, self.name, self.variant, self.arch
 
-def missing_nvcc() -> str | None:
-    """Return why the sources of ``csrc/cuda`` cannot be compiled here, or None."""
-    return None if shutil.which("nvcc") else "nvcc is not on PATH"
+
+COUNTS = tuple(field.name for field in dataclasses.fields(Kernel) if field.type is int)
+
+
+def missing_cuda() -> str | None:
+    """Return why there are no CUDA kernels to read here, or None."""
+    if _native.module is None:
+        return _native.reason
+    return None if _native.module.cuda_architectures else "the native module was built without CUDA"
 
 
 def _cuobjdump() -> str:
@@ -65,72 +90,79 @@ def _cuobjdump() -> str:
     return found
 
 
-def _read(cubin: Path, compiler: str, arch: str, label: Callable[[str], tuple[str, str]]) -> Iterator[Kernel]:
-    """Yield the kernels of a cubin; ``label`` turns a symbol into the kernel's name and variant."""
-    tool = _cuobjdump()
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
-    sass = subprocess.run([tool, "--dump-sass", cubin], check=True, capture_output=True, text=True).stdout
-    for body in re.split(r"\n\s*Function : ", sass)[1:]:
-        symbol = body.split("\n", 1)[0].strip()
-        resources = re.search(re.escape(symbol) + r":\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        if resources is None:
-            raise ValueError(f"expected resources of {symbol} from cuobjdump, got {usage!r}")
-        instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
-        spills = sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)
-        loads = [instruction for instruction in instructions if instruction.startswith("LDG")]
-        stores = [instruction for instruction in instructions if instruction.startswith("STG")]
-        name, variant = label(symbol)
-        yield Kernel(
-            compiler=compiler,
-            name=name,
-            variant=variant,
-            arch=arch,
-            registers=int(resources[1]),
-            local_bytes=max(int(resources[2]) + int(resources[3]), 4 * spills),
-            wide_loads=sum(".128" in load for load in loads),
-            narrow_loads=sum(".128" not in load for load in loads),
-            wide_stores=sum(".128" in store for store in stores),
-            narrow_stores=sum(".128" not in store for store in stores),
-            special=sum(instruction.startswith("MUFU") for instruction in instructions),
-        )
+def _by_architecture(text: str, arch: str | None) -> dict[str, str]:
+    """What cuobjdump prints, an architecture each; a library has several binaries, a cubin has one and names none."""
+    if arch is not None:
+        return {arch: text}
+    sections: dict[str, str] = {}
+    for section in re.split(r"\n(?=arch = )", text)[1:]:
+        name = section.split("\n", 1)[0].removeprefix("arch = ").strip()
+        sections[name] = sections.get(name, "") + "\n" + section
+    return sections
 
 
-def _bitserial_label(symbol: str) -> tuple[str, str]:
-    """Name of a kernel of ``bitserial.cu``; its planes, how it multiplies and for how many input rows, or its dtype."""
-    name = re.search(r"\d(bitserial_[a-z]+_kernel)", symbol)
-    product = re.search(r"_kernelILi(\d+)E(?:.*?_\d+(Halves|Bytes)E)?Li(\d+)E", symbol)
-    if name is None:
-        raise ValueError(f"expected the name of a kernel in {symbol!r}, got none")
-    if product is not None:
-        return name[1], f"{product[1]} planes {product[2] or 'Floats'} x{int(product[3]) * (8 if product[2] else 1)}"
-    dtype = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)(?:Lb(\d)E|.*?ArithmeticE(\d))", symbol)
-    order = {"0": "planes", "1": "tiles"}
-    target = {"1": "to fp16", "2": "to int8"}
-    if dtype is None:
-        raise ValueError(f"expected a dtype in {symbol!r}, got none")
-    return name[1], f"{MANGLED_DTYPES[dtype[1]]} {order[dtype[2]] if dtype[2] else target[dtype[3]]}"
+Label = Callable[[str], tuple[str, str]]
 
 
-def compile_cuda(arch: str) -> list[Kernel]:
-    """Compile ``csrc/cuda`` for one architecture, such as ``"90a"``."""
+def _read(binary: Path, compiler: str, version: str, label: Label, arch: str | None = None) -> Iterator[Kernel]:
+    """Yield the kernels of a library, or of a cubin for ``arch``; ``label`` turns a symbol into name and variant."""
 
-    def label(symbol: str) -> tuple[str, str]:
-        if "bitserial" in symbol:
-            return _bitserial_label(symbol)
-        name = re.search(r"\d(reconstruct_[a-z]+_kernel)", symbol)
-        template = re.search(r"_kernelI(f|13__nv_bfloat16|6__half)Li(\d+)E", symbol)
-        variant = f"{MANGLED_DTYPES[template[1]]} x{template[2]}" if template else "fp64"
-        return name[1] if name else symbol, variant
+    def dump(option: str) -> dict[str, str]:
+        done = subprocess.run([_cuobjdump(), option, binary], check=True, capture_output=True, text=True)
+        return _by_architecture(done.stdout, arch)
 
-    kernels = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in CUDA_SOURCES:
-            cubin = Path(folder) / "kernels.cubin"
-            target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(cubin)]
-            command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *target, str(ROOT / source)]
-            subprocess.run(command, check=True)
-            kernels += _read(cubin, "nvcc", f"sm_{arch}", label)
-    return kernels
+    usage, sass = dump("--dump-resource-usage"), dump("--dump-sass")
+    for name, code in sass.items():
+        for body in re.split(r"\n\s*Function : ", code)[1:]:
+            symbol = body.split("\n", 1)[0].strip()
+            resources = re.search(
+                re.escape(symbol) + r":\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage[name]
+            )
+            if resources is None:
+                raise ValueError(f"expected resources of {symbol} from cuobjdump, got {usage[name]!r}")
+            registers, stack, shared, local = map(int, resources.groups())
+            instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
+            spills = sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)
+            loads = [instruction for instruction in instructions if instruction.startswith("LDG")]
+            stores = [instruction for instruction in instructions if instruction.startswith("STG")]
+            kernel, variant = label(symbol)
+            yield Kernel(
+                compiler=compiler,
+                version=version,
+                name=kernel,
+                variant=variant,
+                arch=name,
+                registers=registers,
+                local_bytes=max(stack + local, 4 * spills),
+                shared_bytes=shared,
+                wide_loads=sum(".128" in load for load in loads),
+                narrow_loads=sum(".128" not in load for load in loads),
+                wide_stores=sum(".128" in store for store in stores),
+                narrow_stores=sum(".128" not in store for store in stores),
+                special=sum(instruction.startswith("MUFU") for instruction in instructions),
+            )
+
+
+def label_cuda(symbol: str) -> tuple[str, str]:
+    """Return name and template arguments of a mangled kernel: types by name, integers as ``x4``, booleans as 0 or 1."""
+    # A name comes after its length; what looks like one further out is made of the digits of a hash.
+    arguments = r"(?:I((?:Li\d+E|Lb[01]E|13__nv_bfloat16|6__half|[fd])+)E)?"
+    found = None
+    for match in re.finditer(rf"(?=(\d{{1,3}})([a-z]\w*?_kernel){arguments})", symbol):
+        if int(match[1]) == len(match[2]):
+            found = match
+    if found is None:
+        raise ValueError(f"expected a kernel with a name that ends in _kernel, got {symbol}")
+    words = []
+    for integer, boolean, kind in re.findall(r"Li(\d+)E|Lb([01])E|(13__nv_bfloat16|6__half|[fd])", found[3] or ""):
+        words.append(f"x{integer}" if integer else boolean or MANGLED_TYPES[kind])
+    return found[2], " ".join(words)
+
+
+def read_cuda() -> list[Kernel]:
+    """Read the kernels of the installed native module, for the architectures that it was built for."""
+    version = _native.module.compiler.rpartition("nvcc ")[2]
+    return list(_read(Path(_native.module.__file__), "nvcc", version, label_cuda))
 
 
 class _Recorder:
@@ -147,36 +179,55 @@ class _Recorder:
         return record
 
 
-def _launches(module: ModuleType, dtype: torch.dtype, per_channel: bool) -> list[tuple[Any, dict[str, Any]]]:
-    """Return the kernels, with their arguments, that the launchers would run for a weight of 4096 x 4096."""
-    calls: list[tuple[Any, dict[str, Any]]] = []
-    names = [name for name in vars(module) if name.endswith("_kernel")]
+def _reconstruct_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield variants of the launches for a weight of 4096 x 4096."""
     rows, columns, planes = 4096, 4096, 8
-    bit_logits = torch.empty(2, planes, rows, columns, dtype=dtype, device="meta")
-    gate_logits = torch.empty((planes, rows) if per_channel else (planes,), device="meta")
-    scale = torch.empty((rows,) if per_channel else (), device="meta")
-    arguments = (bit_logits, gate_logits, scale, torch.empty((), device="meta"), list(range(planes)), planes, 0, False)
-    with mock.patch.multiple(module, **{name: _Recorder(getattr(module, name), calls) for name in names}):
-        module.reconstruct(*arguments)
-        module.reconstruct_backward(bit_logits[0, 0], *arguments)
-    return calls
+    for name, dtype in DTYPES.items():
+        for per_channel in (False, True):
+            bit_logits = torch.empty(2, planes, rows, columns, dtype=dtype, device="meta")
+            gate_logits = torch.empty((planes, rows) if per_channel else (planes,), device="meta")
+            scale = torch.empty((rows,) if per_channel else (), device="meta")
+            temperature = torch.empty((), device="meta")
+            arguments = (bit_logits, gate_logits, scale, temperature, list(range(planes)), planes, 0, False)
+
+            def launch(arguments: tuple[Any, ...] = arguments) -> None:
+                module.reconstruct(*arguments)
+                module.reconstruct_backward(arguments[0][0, 0], *arguments)
+
+            yield f"{name} {'channel' if per_channel else 'layer'}", launch
 
 
-def _bitserial_launches(module: ModuleType, dtype: torch.dtype, planes: int) -> list[tuple[Any, dict[str, Any]]]:
-    """As ``_launches``: products of 1 and of 512 rows, in both kinds of arithmetic, and the weight, of 4096 x 4096."""
+def _bitserial_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield launches for a packed weight of 4096 x 4096: of 1 and of 512 rows of input, and of the weight itself."""
+    shape = [4096, 4096]
+    step = torch.empty(4096, device="meta")
+    for name, dtype in DTYPES.items():
+        for planes in (2, 4, 8):
+            coefficients = [1 << bit for bit in reversed(range(planes))]
+            canonical = torch.empty(planes, 4096 * 4096 // 8, dtype=torch.uint8, device="meta")
+            tiles = torch.empty(module.gpu_planes.tile_shape(coefficients, shape), dtype=torch.uint8, device="meta")
+            packed = (tiles, step, None, coefficients, shape)
+            for batch in (1, 512):
+                for precision in ("exact", "int8"):
+                    input = torch.empty(batch, 4096, dtype=dtype, device="meta")
+                    launch = functools.partial(module.bitserial_linear, input, *packed, precision)
+                    yield f"{name} {planes} planes batch {batch} {precision}", launch
+            if dtype == torch.float32:
+                for order, source in (("tiles", tiles), ("planes", canonical)):
+                    launch = functools.partial(module.bitserial_weight, source, step, coefficients, shape, 0)
+                    yield f"{planes} planes from {order}", launch
+
+
+# Of each Triton module of the backends: calls that launch every kernel, on tensors without memory.
+TRITON_VARIANTS = {"triton_reconstruct": _reconstruct_variants, "triton_bitserial": _bitserial_variants}
+
+
+def _launches(module: ModuleType, launch: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the kernels, with their arguments, that ``launch`` would run."""
     calls: list[tuple[Any, dict[str, Any]]] = []
     names = [name for name in vars(module) if name.endswith("_kernel")]
-    coefficients, shape = [1 << bit for bit in reversed(range(planes))], [4096, 4096]
-    canonical = torch.empty(planes, 4096 * 4096 // 8, dtype=torch.uint8, device="meta")
-    tiles = torch.empty(module.gpu_planes.tile_shape(coefficients, shape), dtype=torch.uint8, device="meta")
-    step = torch.empty(4096, device="meta")
     with mock.patch.multiple(module, **{name: _Recorder(getattr(module, name), calls) for name in names}):
-        for batch in (1, 512):
-            for precision in ("exact", "int8"):
-                input = torch.empty(batch, 4096, dtype=dtype, device="meta")
-                module.bitserial_linear(input, tiles, step, None, coefficients, shape, precision)
-        module.bitserial_weight(tiles, step, coefficients, shape, 0)
-        module.bitserial_weight(canonical, step, coefficients, shape, 0)
+        launch()
     return calls
 
 
@@ -188,8 +239,17 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
     """Return what Triton compiles for these arguments when it specialises them as it does at a launch."""
     from triton.compiler import ASTSource
 
-    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-    pointers |= {torch.uint8: "*u8", torch.int32: "*i32"}
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float64: "*fp64",
+        torch.int8: "*i8",
+        torch.uint8: "*u8",
+        torch.int16: "*i16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -213,52 +273,102 @@ def compile_triton(arch: int) -> list[Kernel]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from csq_kernels.backends import triton_bitserial, triton_reconstruct
-
-    launches = []
-    for name, dtype in DTYPES.items():
-        for per_channel in (False, True):
-            variant = f"{name} {'channel' if per_channel else 'layer'}"
-            launches += [(variant, *launch) for launch in _launches(triton_reconstruct, dtype, per_channel)]
-        for planes in (2, 4, 8):
-            variant = f"{name} {planes} planes"
-            launches += [(variant, *launch) for launch in _bitserial_launches(triton_bitserial, dtype, planes)]
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        for variant, kernel, arguments in launches:
-            compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32))
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            kernels += _read(cubin, "triton", f"sm_{arch}", lambda symbol, variant=variant: (symbol, variant))
+        cubin = Path(folder) / "kernel.cubin"
+        for name, variants in TRITON_VARIANTS.items():
+            module = importlib.import_module(f"csq_kernels.backends.{name}")
+            for variant, launch in variants(module):
+                for kernel, arguments in _launches(module, launch):
+                    compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32))
+                    cubin.write_bytes(compiled.asm["cubin"])
+                    label = (compiled.metadata.name, variant)
+                    kernels += _read(cubin, "triton", triton.__version__, lambda _, label=label: label, f"sm_{arch}")
     return kernels
 
 
-def compile_all() -> list[Kernel]:
-    """Compile everything that can be compiled here, one process per architecture and compiler."""
-    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, 6)) as pool:
+def every_kernel() -> list[Kernel]:
+    """Read everything that is there, sorted; a process per architecture for Triton."""
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count() or 1, len(TRITON_ARCHITECTURES))) as pool:
         jobs = [pool.submit(compile_triton, arch) for arch in TRITON_ARCHITECTURES]
-        if missing_nvcc() is None:
-            jobs += [pool.submit(compile_cuda, arch) for arch in NVCC_ARCHITECTURES]
-        return [kernel for job in jobs for kernel in job.result()]
+        kernels = [] if missing_cuda() else read_cuda()
+        return sorted(kernels + [kernel for job in jobs for kernel in job.result()])
 
 
-def main() -> None:
+def read_table() -> list[Kernel]:
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [Kernel(**{key: int(value) if key in COUNTS else value for key, value in row.items()}) for row in rows]
+
+
+def write_table(kernels: list[Kernel]) -> None:
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Kernel)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, kernels))
+
+
+def complaints(kernels: list[Kernel], table: list[Kernel]) -> list[str]:
+    """Return what is wrong with the kernels, a line each.
+
+    Counts are compared only where the compiler is the one that the table was made with: another one may do better or
+    worse. Kernels and architectures that are in the table alone are not missed, as a build may leave some out.
+    """
+    found = []
+    known = {kernel.key(): kernel for kernel in table}
+    for kernel in kernels:
+        where = " ".join(kernel.key())
+        if kernel.local_bytes:
+            found.append(f"{where}: expected no local memory, got {kernel.local_bytes} bytes")
+        loads, stores = BULK.get(kernel.name, (0, 0))
+        if not NARROW_VARIANT.search(kernel.variant) and (kernel.wide_loads < loads or kernel.wide_stores < stores):
+            found.append(
+                f"{where}: expected at least {loads} loads and {stores} stores of 128 bits, "
+                f"got {kernel.wide_loads} and {kernel.wide_stores}"
+            )
+        before = known.get(kernel.key())
+        if before is None:
+            found.append(f"{where}: expected a line in {TABLE.name}, got none")
+        elif before.version == kernel.version:
+            for count in COUNTS:
+                if getattr(kernel, count) > getattr(before, count):
+                    found.append(
+                        f"{where}: expected {count} of at most {getattr(before, count)}, got {getattr(kernel, count)}"
+                    )
+    return found
+
+
+def print_kernels(kernels: list[Kernel]) -> None:
+    header = ("compiler", "version", "kernel", "variant", "arch", "regs", "local", "shared")
+    header += ("ld128", "ld", "st128", "st", "mufu")
+    rows = [header, *(tuple(map(str, dataclasses.astuple(kernel))) for kernel in kernels)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a kernel instead of a table")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help=f"compare with {TABLE.name}")
+    action.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
     options = parser.parse_args()
-    kernels = compile_all()
-    if options.json:
-        for kernel in kernels:
-            print(json.dumps(dataclasses.asdict(kernel)))
+    if reason := missing_cuda():
+        print(f"the CUDA kernels are left out: {reason}", file=sys.stderr)
+        if options.write:
+            return 1
+    kernels = every_kernel()
+    if options.write:
+        write_table(kernels)
+    elif options.check:
+        found = complaints(kernels, read_table())
+        print("\n".join(found), file=sys.stderr, end="\n" * bool(found))
+        return 1 if found else 0
     else:
-        header = ("compiler", "kernel", "variant", "arch", "regs", "local", "ld128", "ld", "st128", "st", "mufu")
-        rows = [header, *(tuple(str(value) for value in dataclasses.astuple(kernel)) for kernel in kernels)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if reason := missing_nvcc():
-        print(f"csrc/cuda was not compiled: {reason}", file=sys.stderr)
+        print_kernels(kernels)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,16 @@
-"""Throughput of the ops: ``python bench/run.py OP``. README.md explains the columns."""
+"""Throughput of ops and layers against plain PyTorch and others: ``python bench/run.py OP``; see README.md."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from harness import append_lines
-from suites import bitserial, reconstruct
+from suites import bitserial, layers, reconstruct
 
 from csq_kernels import _native
 
 RESULTS = Path(__file__).parent / "results"
-OPS = {"reconstruct": reconstruct, "bitserial": bitserial}
+OPS = {"reconstruct": reconstruct, "bitserial": bitserial, **layers.SUITES}
 ISAS = ("avx2", "avx512")
 
 

@@ -37,7 +37,7 @@ def info() -> dict[str, Any]:
     Example:
         >>> import csq_kernels
         >>> sorted(csq_kernels.info())[:3]
-        ['compiler', 'cuda_architectures', 'isa']
+        ['compiler', 'cuda_architectures', 'forced_backend']
     """
     from csq_kernels import backends
 
@@ -51,6 +51,7 @@ def info() -> dict[str, Any]:
         "isa": module.isa() if module is not None else None,
         "supported_isas": module.supported_isas() if module is not None else [],
         "threads": torch.get_num_threads(),
+        "forced_backend": backends.FORCED,
         "ops": [
             {"op": choice.op, "device": choice.device, "backend": choice.backend, "missing": list(choice.missing)}
             for choice in backends.choices()

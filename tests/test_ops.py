@@ -55,6 +55,15 @@ class Implementation(NamedTuple):
         gradients = self.backward(grad_weight.to(self.device), *arguments.to(self.device))
         return self.weight(arguments), *(grad.cpu() for grad in gradients)
 
+    @property
+    def reference(self) -> "Implementation":
+        """Plain PyTorch on the same device: its own rounding is what an implementation there is judged by."""
+        return REFERENCE._replace(device=self.device)
+
+    def eager(self, arguments: Arguments, grad_weight: Tensor) -> tuple[Tensor, ...]:
+        outputs = autograd_of_reference(arguments.to(self.device), grad_weight.to(self.device))
+        return tuple(output.cpu() for output in outputs)
+
 
 REFERENCE = Implementation(reference.reconstruct, reference.reconstruct_backward)
 
@@ -79,10 +88,10 @@ def seeds_of(case: Case) -> range:
 
 
 @functools.cache
-def judges(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+def judges(case: Case, on: Implementation) -> tuple[list[Tensor], list[Tensor]]:
     """``OUTPUTS`` of the case for all its seeds, in float64 and by plain PyTorch in the dtype of the case."""
     inputs = [(case.arguments(seed), case.grad_weight(seed)) for seed in seeds_of(case)]
-    return pool([exact_outputs(*i) for i in inputs]), pool([autograd_of_reference(*i) for i in inputs])
+    return pool([exact_outputs(*i) for i in inputs]), pool([on.eager(*i) for i in inputs])
 
 
 def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
@@ -94,7 +103,7 @@ def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, *map(make_case, range(40))], ids=str)
 def test_weight_and_every_gradient(implementation: Implementation, case: Case, poisoned: None) -> None:
-    exact, eager = judges(case)
+    exact, eager = judges(case, implementation.reference)
     outputs = [implementation.outputs(case.arguments(seed), case.grad_weight(seed)) for seed in seeds_of(case)]
     assert all(output.is_contiguous() for output in outputs[0])
     for name, *values in zip(OUTPUTS, pool(outputs), exact, eager, strict=True):
@@ -105,7 +114,7 @@ def test_weight_and_every_gradient(implementation: Implementation, case: Case, p
 def test_float64_is_the_reference(implementation: Implementation, per_channel: bool) -> None:
     case = Case((37, 29), (0, 2, 3), 4, 200.0, per_channel, per_channel, 1, FLOAT64)
     inputs = case.arguments(), case.grad_weight()
-    assert_same(implementation.outputs(*inputs), REFERENCE.outputs(*inputs))
+    assert_same(implementation.outputs(*inputs), implementation.reference.outputs(*inputs))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +161,7 @@ def test_extreme_logits_stay_finite(implementation: Implementation, dtype: torch
         for gate in EXTREMES
     ]
     outputs, exact, eager = (
-        pool([compute(*i) for i in inputs])
-        for compute in (implementation.outputs, exact_outputs, autograd_of_reference)
+        pool([compute(*i) for i in inputs]) for compute in (implementation.outputs, exact_outputs, implementation.eager)
     )
     for name, *values in zip(OUTPUTS, outputs, exact, eager, strict=True):
         assert_within(*values, name=name)
@@ -180,7 +188,7 @@ def test_scale_of_zero(implementation: Implementation, case: Case) -> None:
     inputs = arguments, case.grad_weight()
     weight, grad_bits, grad_gates, grad_scale = implementation.outputs(*inputs)
     assert not weight.any() and not grad_bits.any() and not grad_gates.any()
-    assert_within(grad_scale, exact_outputs(*inputs)[3], autograd_of_reference(*inputs)[3])
+    assert_within(grad_scale, exact_outputs(*inputs)[3], implementation.eager(*inputs)[3])
     assert grad_scale.abs().min() > 0
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -162,6 +163,23 @@ def test_forcing_a_backend_that_is_missing_fails() -> None:
         env={"CSQ_BACKEND": "nonsense"},
     )
     assert done.returncode != 0 and "expected CSQ_BACKEND" in done.stderr and "got 'nonsense'" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_forced_backend_serves_where_it_can(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    program = "import json; from csq_kernels import info; print(json.dumps(info()))"
+    environment = {"CSQ_BACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=INSTALLED.parent, env=environment
+    )
+    info = json.loads(done.stdout)
+    assert info["forced_backend"] == backend
+    served = {choice["backend"] for choice in info["ops"] if choice["device"] == "cuda"}
+    assert served == {backend}
+    on_the_cpu = {choice["backend"] for choice in info["ops"] if choice["device"] == "cpu"}
+    assert (on_the_cpu == {"reference"}) == (backend == "reference" or info["isa"] is None)
 
 
 @pytest.mark.parametrize("op", SCHEMAS)

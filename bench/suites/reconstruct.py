@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import Entry, announce, circumstances, interleave, peak_bytes, shape_list
+from harness import DTYPES, Entry, announce, circumstances, interleave, peak_bytes, shape_list
 from torch import Tensor
 
 from csq_kernels import functional, reference
@@ -36,15 +36,16 @@ def per_bit(planes: list[Tensor], gate_logits: Tensor, scale: Tensor, temperatur
 class Reconstruct:
     """One weight to reconstruct, with per-layer gates and scale, for every provider."""
 
-    def __init__(self, shape: tuple[int, ...], n_bits: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(2, n_bits, *shape, generator=generator) * 2 / TEMPERATURE
+    def __init__(self, shape: tuple[int, ...], n_bits: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        logits = torch.randn(2, n_bits, *shape, generator=generator, device=device).mul_(2 / TEMPERATURE).to(dtype)
         self.device = device
-        self.grad_weight = (0.5 + torch.randn(shape, generator=generator)).to(device)
-        self.gate_logits = (torch.randn(n_bits, generator=generator) / TEMPERATURE).to(device).requires_grad_()
+        self.grad_weight = (0.5 + torch.randn(shape, generator=generator, device=device)).to(dtype)
+        gate_logits = torch.randn(n_bits, generator=generator, device=device) / TEMPERATURE
+        self.gate_logits = gate_logits.requires_grad_()
         self.scale = torch.tensor(0.7, device=device, requires_grad=True)
         self.temperature = torch.tensor(TEMPERATURE, device=device)
-        self.bit_logits = logits.to(device).requires_grad_()
+        self.bit_logits = logits.requires_grad_()
         # Leaves of their own: slices of one parameter would charge PyTorch for a full gradient per slice.
         self.planes = [plane.detach().clone().requires_grad_() for plane in self.bit_logits.flatten(0, 1)]
 
@@ -126,7 +127,8 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
                         errors[key, name].add(found[name][i][block].double() - tensor)
     verdicts: dict[Key, Verdict] = {}
     for (key, name), norms in errors.items():
-        verdict = twice(name, norms, errors[("eager", key[1]), name], sizes[name])
+        dtype = outputs[key][name][0].dtype
+        verdict = twice(name, norms, errors[("eager", key[1]), name], sizes[name], dtype)
         if verdict.worse(verdicts.get(key)):
             verdicts[key] = verdict
     return verdicts
@@ -135,7 +137,7 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
 def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """Check, then time one shape; return its rows, and whether everything was right."""
     torch._dynamo.reset()
-    problem = Reconstruct(shape, options.n_bits, options.device)
+    problem = Reconstruct(shape, options.n_bits, options.device, DTYPES[options.dtype])
     providers = problem.providers()
     entries = {(p, mode): problem.entry(providers[p], mode) for mode in MODES for p in options.providers}
     verdicts = judge(problem, entries)
@@ -159,7 +161,7 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
                 "provider": provider,
                 "mode": mode,
                 "shape": list(shape),
-                "dtype": "float32",
+                "dtype": options.dtype,
                 "n_bits": options.n_bits,
                 "device": options.device,
                 "rounds": options.rounds,
@@ -213,6 +215,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=shape_list, default="1024x1024,4096x4096", help="of the weight, comma-separated"
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits")
     parser.add_argument("--n-bits", type=int, default=8)
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="eager is the yardstick and always runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -25,6 +25,24 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _exponent_rate(beta):
+    return -1.4426950408889634 * beta
+
+
+@triton.jit
+def _soft_bit(logit, rate):
+    return 1.0 / (1.0 + tl.exp2(rate * logit))
+
+
+@triton.jit
+def _digit(p, q, rate):
+    # P - N through one division; csrc/core/soft_bits.h derives it and its error.
+    a = tl.minimum(tl.exp2(rate * p), 9223372036854775808.0, propagate_nan=tl.PropagateNan.ALL)
+    b = tl.minimum(tl.exp2(rate * q), 9223372036854775808.0, propagate_nan=tl.PropagateNan.ALL)
+    return (b - a) / ((1.0 + a) * (1.0 + b))
+
+
+@triton.jit
 def _gates(u, beta, HARD_GATES: tl.constexpr):
     if HARD_GATES:
         return tl.where(u > 0.0, 1.0, 0.0)
@@ -66,6 +84,7 @@ def reconstruct_fwd_kernel(
     o_weight = i_row * inner + i_column  # [BR, BI]
 
     beta = tl.load(p_temperature).to(tl.float32)
+    rate = _exponent_rate(beta)
     b_total = tl.zeros([BR, BI], tl.float32)
     o_plane = o_weight
     o_gate = i_channel * gate_channel_stride
@@ -79,7 +98,7 @@ def reconstruct_fwd_kernel(
             b_p = tl.load(p_bit_logits + o_plane, mask=m_read, other=0.0).to(tl.float32)
             b_q = tl.load(p_bit_logits + sign_stride + o_plane, mask=m_read, other=0.0).to(tl.float32)
             b_power = (rest & -rest).to(tl.float32) * b_gate
-            b_total += b_power * (_sigmoid(beta * b_p) - _sigmoid(beta * b_q))
+            b_total += b_power * _digit(b_p, b_q, rate)
         rest = rest & (rest - 1)
         o_plane += plane_stride
         o_gate += gate_plane_stride
@@ -128,6 +147,7 @@ def reconstruct_bwd_kernel(
     o_weight = i_row * inner + i_column  # [BR, BI]
 
     beta = tl.load(p_temperature).to(tl.float32)
+    rate = _exponent_rate(beta)
     b_scale = tl.load(p_scale + i_channel * scale_stride, mask=m_row, other=0.0).to(tl.float32)
     b_step = tl.div_rn(b_scale, tl.zeros([BR, 1], tl.float32) + levels)
     b_grad = tl.load(p_grad_weight + o_weight, mask=m_tile, other=0.0).to(tl.float32)  # [BR, BI]
@@ -148,8 +168,8 @@ def reconstruct_bwd_kernel(
             m_read = m_tile & m_open
             b_p = tl.load(p_bit_logits + o_plane, mask=m_read, other=0.0).to(tl.float32)
             b_q = tl.load(p_bit_logits + sign_stride + o_plane, mask=m_read, other=0.0).to(tl.float32)
-            b_p = _sigmoid(beta * b_p)
-            b_q = _sigmoid(beta * b_q)
+            b_p = _soft_bit(b_p, rate)
+            b_q = _soft_bit(b_q, rate)
             b_factor = b_slope * ((rest & -rest).to(tl.float32) * b_gate)
             b_grad_p = b_factor * b_p * (1.0 - b_p)
             b_grad_q = -b_factor * b_q * (1.0 - b_q)

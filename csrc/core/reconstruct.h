@@ -43,9 +43,6 @@ struct ReconstructGradients {
 // Below this argument a sigmoid is exactly 0: the rest would be denormal, invisible in a weight, and slow.
 constexpr float kSigmoidZero = -87.0f;
 
-// Equation (1). NaN propagates.
-CSQ_HD float sigmoid(float x) { return x < kSigmoidZero ? 0.0f : 1.0f / (1.0f + expf(-x)); }
-
 // Equation (2) or the gate part of (7). In double: a gate multiplies a whole plane, so its error is not averaged away,
 // and the sums need 1 - G when G is almost 1.
 CSQ_HD double precise_gate(float logit, float temperature, bool hard) {

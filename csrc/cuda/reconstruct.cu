@@ -2,219 +2,253 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
+#include "core/soft_bits.h"
 #include "cuda/reconstruct.h"
+#include "cuda/tiling.h"
 
 namespace csq::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kAccessBytes = 16;
-constexpr int kMaxSteps = 8;
-// Blocks that fill a large device several times over: only beyond them does a thread take more than one step.
-constexpr int64_t kEnoughBlocks = 2048;
+// Planes whose loads a thread issues before it uses the first.
+constexpr int kGroup = 4;
+// Blocks that a multiprocessor holds at least. They and its 65536 registers bound each other; together with the group
+// they keep 64 KiB of wide loads in flight and more, several times what hides the latency of memory.
+constexpr int kForwardBlocks = 3;
+constexpr int kBackwardBlocks = 2;
+// Blocks that share the channels of one gradient.
+constexpr int64_t kMaxFinishRows = 64;
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
+// What core/soft_bits.h asks for.
+struct Instructions {
+    static __device__ float exp2(float x) {
+        float y;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    }
+    static __device__ float reciprocal(float x) {
+        float y;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    }
+    static __device__ float smaller(float x, float y) {
+        float z;
+        asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+        return z;
+    }
+    static __device__ float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+};
 
+// A register of one or two elements, and their values.
 template <class T>
-__device__ T from_float(float x);
+struct Word;
 template <>
-__device__ float from_float<float>(float x) {
-    return x;
-}
+struct Word<float> {
+    static __device__ void widen(uint32_t bits, float* x) { *x = __uint_as_float(bits); }
+    static __device__ uint32_t narrow(const float* x) { return __float_as_uint(*x); }
+};
 template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
+struct Word<__nv_bfloat16> {
+    static __device__ void widen(uint32_t bits, float* x) {
+        x[0] = __uint_as_float(bits << 16);
+        x[1] = __uint_as_float(bits & 0xffff0000u);
+    }
+    static __device__ uint32_t narrow(const float* x) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+};
 template <>
-__device__ __half from_float<__half>(float x) {
-    return __float2half_rn(x);
-}
+struct Word<__half> {
+    static __device__ void widen(uint32_t bits, float* x) {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(bits));
+        x[0] = pair.x;
+        x[1] = pair.y;
+    }
+    static __device__ uint32_t narrow(const float* x) {
+        const __half2 pair = __floats2half2_rn(x[0], x[1]);
+        return reinterpret_cast<const uint32_t&>(pair);
+    }
+};
 
-// csq::sigmoid with the reciprocal instruction for the division: 1 ulp, exact at 1, and denormal results become 0.
-__device__ float fast_sigmoid(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + expf(-x)));
-    return y;
-}
-
-// V elements that move in one access.
+// V elements that move in one access: 16 bytes of them, or one.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Vector {
-    T lane[V];
-};
+struct Vector {
+    uint4 bits;
 
-// The weight as a matrix of outer * channels rows, each `vectors` accesses long. A block owns kThreads / lanes rows and
-// lanes * steps vectors of each. Everything follows from the shape, so that the order of sums does.
-struct Tiling {
-    int64_t rows;
-    int64_t vectors;
-    uint32_t column_blocks;
-    int32_t lanes;  // threads of a row, a power of two
-    int32_t steps;
-
-    Tiling(int64_t outer, int64_t channels, int64_t inner, int width)
-        : rows(outer * channels), vectors(inner / width), lanes(1) {
-        while (lanes < kThreads && lanes < vectors) lanes *= 2;
-        // Rather several rows in a block than more than an eighth of its threads without work.
-        while (lanes > kWarp && rows > block_rows() && tiles() * lanes * 8 > vectors * 9) lanes /= 2;
-        const int64_t blocks = row_blocks() * tiles();
-        steps = static_cast<int32_t>(std::min(tiles(), std::clamp<int64_t>(blocks / kEnoughBlocks, 1, kMaxSteps)));
-        column_blocks = static_cast<uint32_t>((tiles() + steps - 1) / steps);
+    __device__ void get(float (&x)[V]) const {
+        Word<T>::widen(bits.x, x);
+        Word<T>::widen(bits.y, x + V / 4);
+        Word<T>::widen(bits.z, x + V / 2);
+        Word<T>::widen(bits.w, x + V / 4 * 3);
     }
-
-    __host__ __device__ int block_rows() const { return kThreads / lanes; }
-    int64_t tiles() const { return (vectors + lanes - 1) / lanes; }
-    int64_t row_blocks() const { return (rows + block_rows() - 1) / block_rows(); }
-    unsigned blocks() const { return static_cast<unsigned>(row_blocks() * column_blocks); }
-    int64_t partials(int planes) const { return planes * rows * column_blocks; }
-};
-
-// What of the matrix a thread works on.
-struct Place {
-    int64_t first_row;  // of the block
-    int64_t row;
-    int64_t column_block;
-    int64_t column;  // of the first step, in vectors
-
-    __device__ explicit Place(const Tiling& tiling) {
-        first_row = static_cast<int64_t>(blockIdx.x / tiling.column_blocks) * tiling.block_rows();
-        row = first_row + threadIdx.x / tiling.lanes;
-        column_block = blockIdx.x % tiling.column_blocks;
-        column = column_block * tiling.steps * tiling.lanes + threadIdx.x % tiling.lanes;
+    static __device__ Vector of(const float (&x)[V]) {
+        return {{Word<T>::narrow(x), Word<T>::narrow(x + V / 4), Word<T>::narrow(x + V / 2),
+                 Word<T>::narrow(x + V / 4 * 3)}};
     }
+};
+template <class T>
+struct Vector<T, 1> {
+    T element;
+
+    __device__ void get(float (&x)[1]) const { x[0] = static_cast<float>(element); }
+    static __device__ Vector of(const float (&x)[1]) { return {static_cast<T>(x[0])}; }
 };
 
 __host__ __device__ int gate_rows(const ReconstructParams& p, const Tiling& tiling) {
     return p.gates_per_channel ? tiling.block_rows() : 1;
 }
+__host__ __device__ int whole_groups(int planes) { return (planes + kGroup - 1) / kGroup * kGroup; }
 
-// Fills powers[planes, gate_rows] with 2^b G_b, each computed once, by one thread of the block.
+// Fills powers[whole_groups(planes), gate_rows] with 2^b G_b, each computed once, by one thread of the block; 0 past
+// the last plane.
 __device__ void fill_powers(const ReconstructParams& p, const Tiling& tiling, int64_t first_row, float* powers) {
     const float temperature = *p.temperature;
     const int rows = gate_rows(p, tiling);
-    for (int i = threadIdx.x; i < p.planes * rows; i += kThreads) {
+    for (int i = threadIdx.x; i < whole_groups(p.planes) * rows; i += kThreads) {
         const int plane = i / rows;
+        powers[i] = 0.0f;
+        if (plane >= p.planes) continue;
         const int64_t at = p.gates_per_channel ? plane * p.channels + (first_row + i % rows) % p.channels : plane;
         powers[i] = static_cast<float>(1 << p.bits[plane]) * gate(p.gate_logits[at], temperature, p.hard_gates);
     }
     __syncthreads();
 }
 
+// The logits of kGroup planes at one place; those of a plane whose gate is 0 are not read.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+struct Group {
+    Vector<T, V> positive[kGroup];
+    Vector<T, V> negative[kGroup];
+    float power[kGroup];
+
+    __device__ Group(const Vector<T, V>* __restrict__ logits, int64_t plane_stride, int64_t sign_stride,
+                     const float* powers, int power_stride) {
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+            power[g] = powers[g * power_stride];
+            if (power[g] == 0.0f) continue;
+            positive[g] = logits[g * plane_stride];
+            negative[g] = logits[g * plane_stride + sign_stride];
+        }
+    }
+};
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
     reconstruct_forward_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
                                Vector<T, V>* __restrict__ weight) {
     extern __shared__ float powers[];
-    const Place place(tiling);
+    const Place place(tiling, blockIdx.x, threadIdx.x);
     fill_powers(p, tiling, place.first_row, powers);
-    if (place.row >= tiling.rows) return;
 
-    const float temperature = *p.temperature;
-    const float step = step_size(p.scale[p.scale_per_channel ? place.row % p.channels : 0], p.n_bits);
+    const float rate = exponent_rate(*p.temperature);
+    const float step =
+        step_size(p.scale[p.scale_per_channel ? (place.first_row + place.block_row) % p.channels : 0], p.n_bits);
     const int gate_stride = gate_rows(p, tiling);
-    const float* row_powers = powers + (p.gates_per_channel ? place.row - place.first_row : 0);
+    const float* row_powers = powers + (p.gates_per_channel ? place.block_row : 0);
     const int64_t plane_stride = tiling.rows * tiling.vectors;
-    int64_t column = place.column;
-    for (int i = 0; i < tiling.steps && column < tiling.vectors; ++i, column += tiling.lanes) {
-        const int64_t at = place.row * tiling.vectors + column;
-        const auto* __restrict__ positive = static_cast<const Vector<T, V>*>(p.bit_logits) + at;
-        const auto* __restrict__ negative = positive + p.planes * plane_stride;
+    const int64_t sign_stride = p.planes * plane_stride;
+    int64_t at = place.at;
+#pragma unroll 1
+    for (int i = 0; i < place.steps; ++i, at += tiling.stride()) {
+        const auto* __restrict__ logits = static_cast<const Vector<T, V>*>(p.bit_logits) + at;
         float total[V] = {};
-        for (int plane = 0; plane < p.planes; ++plane, positive += plane_stride, negative += plane_stride) {
-            const float power = row_powers[plane * gate_stride];
-            if (power == 0.0f) continue;
-            const Vector<T, V> a = *positive;
-            const Vector<T, V> b = *negative;
+        for (int plane = 0; plane < p.planes; plane += kGroup, logits += kGroup * plane_stride) {
+            const Group<T, V> group(logits, plane_stride, sign_stride, row_powers + plane * gate_stride, gate_stride);
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const float digit =
-                    fast_sigmoid(temperature * to_float(a.lane[v])) - fast_sigmoid(temperature * to_float(b.lane[v]));
-                total[v] += power * digit;
+            for (int g = 0; g < kGroup; ++g) {
+                if (group.power[g] == 0.0f) continue;
+                float positive[V], negative[V];
+                group.positive[g].get(positive);
+                group.negative[g].get(negative);
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                    total[v] += group.power[g] * digit<Instructions>(positive[v], negative[v], rate);
+                }
             }
         }
-        Vector<T, V> result;
 #pragma unroll
-        for (int v = 0; v < V; ++v) result.lane[v] = from_float<T>(step * total[v]);
-        weight[at] = result;
+        for (int v = 0; v < V; ++v) total[v] *= step;
+        weight[at] = Vector<T, V>::of(total);
     }
 }
 
-// Logit gradients, and T = sum of D (P - N) per plane, row and column block, from which (5) and (6) follow.
+// Logit gradients, and T = sum of D (P - N) per plane, summed row and column block, from which (5) and (6) follow.
 // A thread adds the terms of one access in fp32; everything from there on is added in fp64, in fixed order.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     reconstruct_backward_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
                                 const Vector<T, V>* __restrict__ grad_weight, Vector<T, V>* __restrict__ grad_bits,
                                 double* __restrict__ partial) {
-    // [planes, slots]; a slot belongs to one thread, the first of each warp, or of each row where a warp holds several.
-    extern __shared__ double sums[];
-    const int group = min(tiling.lanes, kWarp);
-    const int slots = kThreads / group;
-    const int slot = threadIdx.x / group;
-    const bool leads = threadIdx.x % group == 0;
-    for (int i = threadIdx.x; i < p.planes * slots; i += kThreads) sums[i] = 0.0;
-    float* powers = reinterpret_cast<float*>(sums + p.planes * slots);
+    extern __shared__ double sums[];  // [planes, kThreads]: each thread adds to its own
+    for (int plane = 0; plane < p.planes; ++plane) sums[plane * kThreads + threadIdx.x] = 0.0;
+    float* powers = reinterpret_cast<float*>(sums + p.planes * kThreads);
     const int gate_stride = gate_rows(p, tiling);
-    const Place place(tiling);
+    const Place place(tiling, blockIdx.x, threadIdx.x);
     fill_powers(p, tiling, place.first_row, powers);
 
-    const float temperature = *p.temperature;
-    const float step = step_size(p.scale[p.scale_per_channel ? place.row % p.channels : 0], p.n_bits);
-    const float* row_powers = powers + (p.gates_per_channel ? place.row - place.first_row : 0);
+    const float rate = exponent_rate(*p.temperature);
+    const float step =
+        step_size(p.scale[p.scale_per_channel ? (place.first_row + place.block_row) % p.channels : 0], p.n_bits);
+    const float slope_scale = step * *p.temperature;
+    const float* row_powers = powers + (p.gates_per_channel ? place.block_row : 0);
     const int64_t plane_stride = tiling.rows * tiling.vectors;
     const int64_t sign_stride = p.planes * plane_stride;
-    int64_t column = place.column;
-    for (int i = 0; i < tiling.steps; ++i, column += tiling.lanes) {
-        // Every thread stays, for the shuffles.
-        const bool inside = place.row < tiling.rows && column < tiling.vectors;
-        int64_t at = place.row * tiling.vectors + column;
-        Vector<T, V> grad = {};
-        if (inside) grad = grad_weight[at];
-        const auto* __restrict__ logits = static_cast<const Vector<T, V>*>(p.bit_logits);
-        for (int plane = 0; plane < p.planes; ++plane, at += plane_stride) {
-            const float power = row_powers[plane * gate_stride];
-            float sum = 0.0f;
-            if (inside) {
-                Vector<T, V> grad_p = {};
-                Vector<T, V> grad_q = {};
-                if (power != 0.0f) {
-                    const Vector<T, V> a = logits[at];
-                    const Vector<T, V> b = logits[at + sign_stride];
-                    const float factor = step * power * temperature;
+    int64_t start = place.at;
+#pragma unroll 1
+    for (int i = 0; i < place.steps; ++i, start += tiling.stride()) {
+        const Vector<T, V> packed = grad_weight[start];
+        float grad[V];
+        packed.get(grad);
+        int64_t at = start;
+        for (int first = 0; first < p.planes; first += kGroup, at += kGroup * plane_stride) {
+            const auto* __restrict__ logits = static_cast<const Vector<T, V>*>(p.bit_logits) + at;
+            const Group<T, V> group(logits, plane_stride, sign_stride, row_powers + first * gate_stride, gate_stride);
+#pragma unroll
+            for (int g = 0; g < kGroup; ++g) {
+                if (first + g >= p.planes) break;
+                float positive[V] = {};
+                float negative[V] = {};
+                if (group.power[g] != 0.0f) {
+                    const float factor = slope_scale * group.power[g];
+                    float sum = 0.0f;
+                    group.positive[g].get(positive);
+                    group.negative[g].get(negative);
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
-                        const float d = to_float(grad.lane[v]);
-                        const float positive = fast_sigmoid(temperature * to_float(a.lane[v]));
-                        const float negative = fast_sigmoid(temperature * to_float(b.lane[v]));
-                        grad_p.lane[v] = from_float<T>(d * factor * positive * (1.0f - positive));
-                        grad_q.lane[v] = from_float<T>(d * factor * -negative * (1.0f - negative));
-                        sum += d * (positive - negative);
+                        const float bit_p = soft_bit<Instructions>(positive[v], rate);
+                        const float bit_q = soft_bit<Instructions>(negative[v], rate);
+                        positive[v] = grad[v] * factor * soft_bit_slope<Instructions>(bit_p);
+                        negative[v] = grad[v] * -factor * soft_bit_slope<Instructions>(bit_q);
+                        sum += grad[v] * (bit_p - bit_q);
                     }
+                    sums[(first + g) * kThreads + threadIdx.x] += static_cast<double>(sum);
                 }
-                grad_bits[at] = grad_p;
-                grad_bits[at + sign_stride] = grad_q;
+                grad_bits[at + g * plane_stride] = Vector<T, V>::of(positive);
+                grad_bits[at + g * plane_stride + sign_stride] = Vector<T, V>::of(negative);
             }
-            double total = sum;
-            for (int lane = group / 2; lane > 0; lane /= 2) total += __shfl_xor_sync(~0u, total, lane);
-            if (leads) sums[plane * slots + slot] += total;
         }
     }
     __syncthreads();
+
+    // A sum per plane and row of the block, each made by as many neighbours as share a row and a warp.
+    const int group = min(tiling.lanes, kWarp);
     const int rows = tiling.block_rows();
-    const int row_slots = slots / rows;
-    for (int i = threadIdx.x; i < p.planes * rows; i += kThreads) {
-        const int plane = i / rows;
-        const int64_t row = place.first_row + i % rows;
-        if (row >= tiling.rows) continue;
-        const double* first = sums + plane * slots + i % rows * row_slots;
+    for (int first = 0; first < p.planes * rows; first += kThreads / group) {
+        const int i = first + static_cast<int>(threadIdx.x) / group;
+        const int lane = static_cast<int>(threadIdx.x) % group;
         double sum = 0.0;
-        for (int j = 0; j < row_slots; ++j) sum += first[j];
-        partial[(plane * tiling.rows + row) * tiling.column_blocks + place.column_block] = sum;
+        if (i < p.planes * rows) {
+            for (int j = lane; j < tiling.lanes; j += group) sum += sums[i * tiling.lanes + j];
+        }
+        for (int other = group / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+        const int64_t block_row = i % rows;
+        const bool exists = i < p.planes * rows && place.first_row % tiling.slab + block_row < tiling.slab;
+        if (lane == 0 && exists) {
+            const int64_t row = i / rows * tiling.summed_rows() + place.summed_row + block_row;
+            partial[row * tiling.column_blocks + place.column_block] = sum;
+        }
     }
 }
 
@@ -230,45 +264,68 @@ __device__ double block_sum(double value) {
     return values[0];
 }
 
-// totals[planes, channels] = T summed over column blocks and over the outer rows of a channel. A block makes one.
-__global__ void __launch_bounds__(kThreads)
-    reconstruct_totals_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
-                              const double* __restrict__ partial, double* __restrict__ totals) {
-    const int64_t channel = blockIdx.x;
-    const int64_t plane = blockIdx.y;
-    double sum = 0.0;
-    for (int64_t i = threadIdx.x; i < p.outer * tiling.column_blocks; i += kThreads) {
-        const int64_t row = plane * tiling.rows + i / tiling.column_blocks * p.channels + channel;
-        sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) totals[plane * p.channels + channel] = sum;
+// Threads that add up one total: a warp where few partial sums make it, as with a channel per row, else a block.
+int total_threads(const ReconstructParams& p, const Tiling& tiling) {
+    return tiling.summed_rows() / p.channels * tiling.column_blocks <= kThreads ? kWarp : kThreads;
 }
 
-// Equation (5) in the first p.planes blocks, a plane each; equation (6) in the last.
+// totals[planes, channels] = T summed over column blocks and over the summed rows of a channel, by `team` threads each.
 __global__ void __launch_bounds__(kThreads)
+    reconstruct_totals_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
+                              int team, const double* __restrict__ partial, double* __restrict__ totals) {
+    const int64_t total = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
+    if (total >= p.planes * p.channels) return;
+    const int64_t first = total / p.channels * tiling.summed_rows() + total % p.channels;
+    const int64_t count = tiling.summed_rows() / p.channels * tiling.column_blocks;
+    double sum = 0.0;
+    for (int64_t i = threadIdx.x % team; i < count; i += team) {
+        const int64_t row = first + i / tiling.column_blocks * p.channels;
+        sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
+    }
+    if (team == kThreads) {
+        sum = block_sum(sum);
+    } else {
+        for (int other = kWarp / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    }
+    if (threadIdx.x % team == 0) totals[total] = sum;
+}
+
+// Equation (5) in the first p.planes columns of blocks, a plane each; equation (6) in the last. Where every channel has
+// a gradient of its own, the blocks of a column share the channels; else its first block adds them up.
+__global__ void __launch_bounds__(kThreads, 1)
     reconstruct_finish_kernel(const __grid_constant__ ReconstructParams p, const double* __restrict__ totals,
                               float* __restrict__ grad_gate_logits, float* __restrict__ grad_scale) {
-    const double temperature = static_cast<double>(*p.temperature);
-    const double unit = 1.0 / static_cast<double>((1 << p.n_bits) - 1);
-    const auto gate_at = [&](int plane, int64_t channel) {
-        const int64_t at = p.gates_per_channel ? plane * p.channels + channel : plane;
-        return precise_gate(p.gate_logits[at], *p.temperature, p.hard_gates);
-    };
     const int plane = blockIdx.x;
     const bool is_scale = plane == p.planes;
     const bool per_channel = is_scale ? p.scale_per_channel : p.gates_per_channel;
+    if (!per_channel && blockIdx.y > 0) return;
+    const auto gate_at = [&](int b, int64_t channel) {
+        const int64_t at = p.gates_per_channel ? b * p.channels + channel : b;
+        return precise_gate(p.gate_logits[at], *p.temperature, p.hard_gates);
+    };
+    // Those of the layer are computed once, not for each channel again.
+    __shared__ double layer_gates[kMaxPlanes];
+    if (!p.gates_per_channel) {
+        if (threadIdx.x < p.planes) layer_gates[threadIdx.x] = gate_at(threadIdx.x, 0);
+        __syncthreads();
+    }
+    const double temperature = static_cast<double>(*p.temperature);
+    const double unit = 1.0 / static_cast<double>((1 << p.n_bits) - 1);
     float* gradient = is_scale ? grad_scale : grad_gate_logits + plane * (per_channel ? p.channels : 1);
+    const int64_t stride = static_cast<int64_t>(per_channel ? gridDim.y : 1) * kThreads;
     double sum = 0.0;
-    for (int64_t channel = threadIdx.x; channel < p.channels; channel += kThreads) {
+    for (int64_t channel = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; channel < p.channels;
+         channel += stride) {
         double value = 0.0;
         if (is_scale) {
+#pragma unroll 1
             for (int b = 0; b < p.planes; ++b) {
-                value += static_cast<double>(1 << p.bits[b]) * gate_at(b, channel) * totals[b * p.channels + channel];
+                const double gate = p.gates_per_channel ? gate_at(b, channel) : layer_gates[b];
+                value += static_cast<double>(1 << p.bits[b]) * gate * totals[b * p.channels + channel];
             }
             value *= unit;
         } else if (!p.hard_gates) {
-            const double gate = gate_at(plane, channel);
+            const double gate = p.gates_per_channel ? gate_at(plane, channel) : layer_gates[plane];
             const double scale = static_cast<double>(p.scale[p.scale_per_channel ? channel : 0]);
             const double slope = temperature * gate * (1.0 - gate) * static_cast<double>(1 << p.bits[plane]) * unit;
             value = slope * scale * totals[plane * p.channels + channel];
@@ -291,7 +348,7 @@ bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) 
 template <class T, int V>
 LaunchStatus launch_forward(const ReconstructParams& p, void* weight, Stream stream) {
     const Tiling tiling(p.outer, p.channels, p.inner, V);
-    const size_t shared = sizeof(float) * p.planes * gate_rows(p, tiling);
+    const size_t shared = sizeof(float) * whole_groups(p.planes) * gate_rows(p, tiling);
     reconstruct_forward_kernel<T, V>
         <<<tiling.blocks(), kThreads, shared, stream>>>(p, tiling, static_cast<Vector<T, V>*>(weight));
     return launched("reconstruct_forward_kernel");
@@ -301,9 +358,9 @@ template <class T, int V>
 LaunchStatus launch_backward(const ReconstructParams& p, const ReconstructGradients& g, double* scratch,
                              Stream stream) {
     const Tiling tiling(p.outer, p.channels, p.inner, V);
-    const int slots = kThreads / std::min(tiling.lanes, kWarp);
     // At most 48 KiB, which every device grants unasked.
-    const size_t shared = p.planes * (sizeof(double) * slots + sizeof(float) * gate_rows(p, tiling));
+    const size_t shared =
+        sizeof(double) * p.planes * kThreads + sizeof(float) * whole_groups(p.planes) * gate_rows(p, tiling);
     double* totals = scratch;
     double* partial = scratch + p.planes * p.channels;
     if (p.planes > 0) {
@@ -311,11 +368,16 @@ LaunchStatus launch_backward(const ReconstructParams& p, const ReconstructGradie
             <<<tiling.blocks(), kThreads, shared, stream>>>(p, tiling, static_cast<const Vector<T, V>*>(g.grad_weight),
                                                             static_cast<Vector<T, V>*>(g.grad_bit_logits), partial);
         if (const auto status = launched("reconstruct_backward_kernel"); status.reason) return status;
-        const dim3 grid(static_cast<unsigned>(p.channels), static_cast<unsigned>(p.planes));
-        reconstruct_totals_kernel<<<grid, kThreads, 0, stream>>>(p, tiling, partial, totals);
+        const int team = total_threads(p, tiling);
+        const int64_t blocks = (p.planes * p.channels + kThreads / team - 1) / (kThreads / team);
+        reconstruct_totals_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, tiling, team, partial,
+                                                                                          totals);
         if (const auto status = launched("reconstruct_totals_kernel"); status.reason) return status;
     }
-    reconstruct_finish_kernel<<<p.planes + 1, kThreads, 0, stream>>>(p, totals, g.grad_gate_logits, g.grad_scale);
+    const bool any_per_channel = p.gates_per_channel || p.scale_per_channel;
+    const int64_t rows = any_per_channel ? std::min((p.channels + kThreads - 1) / kThreads, kMaxFinishRows) : 1;
+    const dim3 grid(static_cast<unsigned>(p.planes + 1), static_cast<unsigned>(rows));
+    reconstruct_finish_kernel<<<grid, kThreads, 0, stream>>>(p, totals, g.grad_gate_logits, g.grad_scale);
     return launched("reconstruct_finish_kernel");
 }
 

@@ -1,0 +1,163 @@
+"""The benches on small shapes, the script for a GPU with every tool replaced, and what the claims make of results."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def status() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("status", BENCH / "status.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["status"] = module  # for dataclasses
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["status"]
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype", "providers"),
+    [
+        ("reconstruct", "16x24", "bfloat16", ["eager", "csq"]),
+        ("csq_linear", "4x16x24", "bfloat16", ["float", "csq", "csq-weight"]),
+        ("csq_conv2d", "2x8x4x5x3", "float32", ["float", "csq", "csq-weight"]),
+    ],
+)
+def test_lines_of_a_bench(tmp_path: Path, op: str, shape: str, dtype: str, providers: list[str]) -> None:
+    out = tmp_path / "lines.jsonl"
+    options = ["--shapes", shape, "--dtype", dtype, "--rounds", "2", "--out", out]
+    options += ["--providers", "eager,csq"] if op == "reconstruct" else []
+    subprocess.run([sys.executable, BENCH / "run.py", op, *options], check=True, capture_output=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(dict.fromkeys(row["provider"] for row in rows)) == providers
+    for row in rows:
+        assert row["op"] == op and row["dtype"] == dtype and row["shape"] == [*map(int, shape.split("x"))]
+        assert 0 < row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
+        assert row["machine"] and row["versions"] and row["time"]
+
+
+TOOL = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$CALLS"
+case "$*" in *get_device_capability*) echo 90a ;; *"$FAILS"*) exit 3 ;; esac
+"""
+
+
+def run_gpu_script(folder: Path, tools: list[str], fails: str = "nothing") -> tuple[int, str, list[str]]:
+    """Exit status and output of gpu.sh where ``tools`` only note how they were called, and those calls."""
+    binaries = folder / "bin"
+    binaries.mkdir()
+    for tool in tools:
+        (binaries / tool).write_text(TOOL)
+        (binaries / tool).chmod(0o755)
+    calls = folder / "calls"
+    environment = {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHON": str(binaries / "python3"), "OUT": str(folder / "out")}
+    environment |= {"CALLS": str(calls), "FAILS": fails, "TMPDIR": str(folder)}
+    done = subprocess.run(["bash", BENCH / "gpu.sh"], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+
+TOOLS = ["python3", "nvidia-smi", "nvcc", "compute-sanitizer"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="runs bash")
+def test_gpu_script_runs_every_part(tmp_path: Path) -> None:
+    status, output, calls = run_gpu_script(tmp_path, TOOLS)
+    assert status == 0, output
+    assert "command not found" not in output and "unbound" not in output, output
+    parts = ["environment", "build", "info", "tests", "large", "reconstruct_launch", "reconstruct"]
+    parts += ["reconstruct_bfloat16", "reconstruct_3_bits", "csq_linear", "csq_conv2d", "bitserial"]
+    parts += ["memcheck", "racecheck", "initcheck", "status"]
+    assert [line.split()[1].rstrip(":") for line in output.splitlines() if ": exit status 0" in line] == parts
+    assert all((tmp_path / "out" / f"{part}.log").exists() for part in parts)
+    assert sum(call.startswith("compute-sanitizer") for call in calls) == 3
+    benches = [call for call in calls if "bench/run.py" in call]
+    assert all("--device cuda" in call and f"--out {tmp_path}/out/" in call for call in benches) and len(benches) == 6
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="runs bash")
+def test_gpu_script_goes_on_after_a_failure_and_without_the_sanitizer(tmp_path: Path) -> None:
+    status, output, calls = run_gpu_script(tmp_path, TOOLS[:-1], fails="reconstruct_bfloat16.jsonl")
+    assert status == 1
+    assert output.splitlines()[-1] == "failed: reconstruct_bfloat16"
+    assert "memcheck: skipped, compute-sanitizer is not on PATH" in output
+    assert "status.py" in calls[-1]
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    row = {
+        "op": "reconstruct",
+        "provider": "csq",
+        "mode": "forward",
+        "shape": [4096, 4096],
+        "dtype": "float32",
+        "n_bits": 8,
+        "device": "cuda",
+        "seconds": {"median": 1.0, "p20": 1.0, "p80": 1.0},
+        "floor_seconds": 0.95,
+        "share_of_floor": 0.95,
+        "speedup_over": {"eager": 8.0},
+        "extra_memory_over_logits": 0.0,
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3"},
+        "commit": "abc",
+        "time": "2026-01-01T00:00:00Z",
+    }
+    return row | changes
+
+
+def test_a_claim_is_judged_by_its_worst_line(status: ModuleType) -> None:
+    rows = [line(), line(dtype="bfloat16", share_of_floor=0.5), line(shape=[64, 64], share_of_floor=0.01)]
+    (claim,) = (claim for claim in status.CLAIMS if claim.text.startswith("forward, share"))
+    assert status.standing(claim, []).word == "OPEN: never measured"
+    assert status.standing(claim, rows[:1]).word == "holds"
+    missed = status.standing(claim, rows)
+    assert (missed.word, missed.value, missed.row) == ("OPEN: missed", 0.5, rows[1])
+    elsewhere = line(machine={"gpu": "NVIDIA A100"}), line(machine={"gpu": None})
+    assert status.standing(claim, elsewhere).value is None
+    later = line(commit="def", time="2026-02-01T00:00:00Z", share_of_floor=0.91)
+    assert status.standing(claim, [*rows, later]).row == later
+
+
+def test_claims_that_compare_lines(status: ModuleType) -> None:
+    both = line(
+        mode="forward+backward",
+        seconds={"median": 3.0, "p20": 3.0, "p80": 3.0},
+        floor_seconds=2.75,
+        speedup_over={"eager": 6.0, "compiled": 2.0},
+    )
+    three = line(n_bits=3, seconds={"median": 0.45, "p20": 0.4, "p80": 0.5})
+    step = line(op="csq_linear", mode="forward+backward", shape=[8192, 4096, 4096], dtype="bfloat16", times_float=1.25)
+    launch = line(op="reconstruct_launch", shape=[64, 64], seconds_beyond_empty=2e-6)
+    rows = [line(), both, three, step, launch]
+    values = {claim.text: status.standing(claim, rows) for claim in status.CLAIMS}
+    words = {text: (each.word, each.value and round(each.value, 3)) for text, each in values.items()}
+    assert words == {
+        "forward, share of copy bandwidth, 16 M weights and more": ("holds", 0.95),
+        "backward, share of copy bandwidth, 16 M weights and more": ("holds", 0.9),
+        "small weight, microseconds beyond an empty launch": ("holds", 2.0),
+        "forward, times faster than eager PyTorch per bit": ("holds", 8.0),
+        "forward+backward, times faster than eager PyTorch per bit": ("OPEN: missed", 6.0),
+        "forward, times faster than torch.compile of it": ("OPEN: never measured", None),
+        "forward+backward, times faster than torch.compile of it": ("holds", 2.0),
+        "extra memory over that of the logits": ("holds", 0.0),
+        "3 planes of 8, forward: time over 3/8 of the whole": ("OPEN: missed", 1.2),
+        "CSQLinear step over nn.Linear's, 8192 tokens, 4096x4096, bf16": ("holds", 1.25),
+    }
+
+
+def test_report_names_commit_and_what_is_open(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line()) + "\n")
+    done = subprocess.run([sys.executable, BENCH / "status.py", tmp_path], check=True, capture_output=True, text=True)
+    first, *_, last = done.stdout.splitlines()
+    assert "holds: 0.95 at commit abc, 4096x4096 float32, 2026-01-01" in first
+    assert done.stdout.count("OPEN: never measured") == 8
+    assert last == "8 of 10 claims are open"
