@@ -38,7 +38,7 @@ class Verdict:
 def twice(
     name: str, errors: Norms, baseline_errors: Norms, exact: Norms, dtype: torch.dtype = torch.float32
 ) -> Verdict:
-    """Twice the error of the baseline in ``dtype``, plus one rounding, is allowed: the largest and the root mean square."""
+    """Twice the error of the baseline in ``dtype``, plus one rounding, is allowed: largest and root mean square."""
     worst: Verdict | None = None
     norms = zip(("largest", "root mean square"), errors(), baseline_errors(), exact(), strict=True)
     for norm, error, baseline_error, size in norms:

@@ -43,9 +43,12 @@ BULK = {
     "reconstruct_backward_kernel": (3, 2),
     "reconstruct_fwd_kernel": (2, 1),
     "reconstruct_bwd_kernel": (3, 2),
+    # The planes of a packed weight, an access of 16 bytes each, in the loop and before it.
+    "bitserial_mma_kernel": (2, 0),
+    "bitserial_fma_kernel": (2, 0),
 }
 # The variant for arrays and rows that do not allow wide accesses.
-NARROW_VARIANT = re.compile(r"\bx1\b")
+NARROW_VARIANT = re.compile(r"^(fp32|bf16|fp16) x1$")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -144,9 +147,11 @@ def _read(binary: Path, compiler: str, version: str, label: Label, arch: str | N
 
 
 def label_cuda(symbol: str) -> tuple[str, str]:
-    """Return name and template arguments of a mangled kernel: types by name, integers as ``x4``, booleans as 0 or 1."""
+    """Return name and template arguments of a mangled kernel: types by name, integers as ``x4``, booleans as 0 or 1,
+    classes and enumerations by name."""
     # A name comes after its length; what looks like one further out is made of the digits of a hash.
-    arguments = r"(?:I((?:Li\d+E|Lb[01]E|13__nv_bfloat16|6__half|[fd])+)E)?"
+    argument = r"Li\d+E|Lb[01]E|LNS0_\d+[A-Z]\w*?E\d+E|NS1_\d+[A-Z]\w*?E|13__nv_bfloat16|6__half|[fd]"
+    arguments = rf"(?:I((?:{argument})+)E)?"
     found = None
     for match in re.finditer(rf"(?=(\d{{1,3}})([a-z]\w*?_kernel){arguments})", symbol):
         if int(match[1]) == len(match[2]):
@@ -154,8 +159,15 @@ def label_cuda(symbol: str) -> tuple[str, str]:
     if found is None:
         raise ValueError(f"expected a kernel with a name that ends in _kernel, got {symbol}")
     words = []
-    for integer, boolean, kind in re.findall(r"Li(\d+)E|Lb([01])E|(13__nv_bfloat16|6__half|[fd])", found[3] or ""):
-        words.append(f"x{integer}" if integer else boolean or MANGLED_TYPES[kind])
+    for word in re.findall(argument, found[3] or ""):
+        # Integers and booleans; values of an enumeration; types of this library; types of CUDA.
+        value = re.fullmatch(r"L([ib])(\d+)E|LNS0_\d+(\w+?)E(\d+)E|NS1_\d+(\w+)E", word)
+        if value is None:
+            words.append(MANGLED_TYPES[word])
+        elif value[2]:
+            words.append(f"x{value[2]}" if value[1] == "i" else value[2])
+        else:
+            words.append(value[5] or f"{value[3]}{value[4]}")
     return found[2], " ".join(words)
 
 

@@ -46,7 +46,7 @@ def restore_isa_and_threads():
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """Fill what ``csq_kernels`` allocates uninitialised with NaN, bytes with 0xAA, between two guards that must be intact in the end."""
+    """Fill what ``csq_kernels`` allocates uninitialised with NaN or 0xAA, between two guards that must stay intact."""
     guarded = []
 
     def poison(owner: object, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Products with packed weights: every instruction set from the same canonical bytes, against float64 and in integers."""
+"""Products with packed weights: every instruction set from the same bytes, against float64 and in integers."""
 
 import itertools
 import math
@@ -36,7 +36,8 @@ class Packed:
     per_channel: bool = True
 
     def __str__(self) -> str:
-        return "x".join(map(str, self.shape)) + "-bits" + ".".join(map(str, self.active)) + "-channel" * self.per_channel
+        words = ["x".join(map(str, self.shape)), "bits" + ".".join(map(str, self.active))]
+        return "-".join(words + ["channel"] * self.per_channel)
 
     @property
     def op(self) -> str:
@@ -152,12 +153,11 @@ def extreme_inputs(precision: str, batch: int) -> Tensor:
     else:
         most = reference.GROUP_LIMIT[precision]
         part = most // 4
-        groups = [[part, part, part, most - 3 * part], [-part, -part, -part, 3 * part - most], [part, -part, part, -part]]
+        last = most - 3 * part
+        groups = [[part, part, part, last], [-part, -part, -part, -last], [part, -part, part, -part]]
         # An element may be as large as the group where nothing else limits it.
         largest = most if precision == "int8" else reference.ELEMENT_LIMIT[precision]
         groups += [[0, largest, 0, 0], [-largest, 0, 0, 0]]
-        if precision == "high":
-            groups = [[*group[:3], reference.ELEMENT_LIMIT["high"]] if sum(group) == 0 else group for group in groups]
     rows = [torch.tensor(groups[i % len(groups)]).repeat(75) for i in range(batch)]
     rows = [row + 0.0 for row in rows]
     for row in rows:
@@ -242,7 +242,7 @@ def test_result_depends_neither_on_the_threads_nor_on_the_others_at_work(isa: st
             torch.set_num_threads(threads)
             assert torch.equal(linear(input, precision), expected)
         with ThreadPoolExecutor(8) as pool:
-            for output in pool.map(lambda _: linear(input, precision), range(24)):
+            for output in pool.map(linear, [input] * 24, [precision] * 24):
                 assert torch.equal(output, expected)
 
 

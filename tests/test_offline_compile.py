@@ -77,6 +77,12 @@ def test_what_rose_is_named(offline: ModuleType) -> None:
             ("reconstruct_finish_kernel", ""),
         ),
         ("_Z11some_kernelI6__halfLi2ELb1EEvv", ("some_kernel", "fp16 x2 1")),
+        (
+            "_ZN3csq4cuda45_GLOBAL__N__0fb9a15c_12_bitserial_cu_806388cd20bitserial_mma_kernelILi3ENS1_6HalvesELi2EEEv"
+            "NS0_15BitserialLinearENS_10PlaneGroupEbb",
+            ("bitserial_mma_kernel", "x3 Halves x2"),
+        ),
+        ("_Z11some_kernelIfLNS0_10ArithmeticE2EEEvv", ("some_kernel", "fp32 Arithmetic2")),
     ],
 )
 def test_labels_of_mangled_names(offline: ModuleType, symbol: str, label: tuple[str, str]) -> None:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import csq_kernels as csq
-from csq_kernels.reference import always_exact
 from csq_kernels import functional, reference
 from csq_kernels.nn import PackedLayer
+from csq_kernels.reference import always_exact
 
 LAYERS = {
     "linear": (csq.CSQLinear, (13, 5), {}, lambda: torch.randn(3, 13)),

@@ -1,8 +1,9 @@
 """Products with packed weights on the processor: tensors in, addresses and sizes to the native module.
 
-Linear layers and convolutions without groups read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k,
-1024)`` bytes; the columns of a convolution's are kernel row, kernel column, channel, the channels filled up to a multiple
-of 4. Everything else reads canonical planes: the weight of other convolutions is unpacked at each call, since it is small. The caller has checked the arguments.
+Linear layers and most convolutions read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k, 1024)`` bytes.
+The columns of a convolution's are kernel row, kernel column, channel, the channels filled up to a multiple of 4. All
+else reads canonical planes: the weight of the other convolutions is unpacked at each call, since it is small. The
+caller has checked the arguments.
 """
 
 import functools
