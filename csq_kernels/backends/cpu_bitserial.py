@@ -1,6 +1,6 @@
 """Products with packed weights on the processor: tensors in, addresses and sizes to the native module.
 
-Linear layers and most convolutions read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k, 1024)`` bytes.
+Linear layers and most convolutions read tiles (``csrc/core/bitserial.h``), ``(row tiles, column tiles, k, 1024)``.
 The columns of a convolution's are kernel row, kernel column, channel, the channels filled up to a multiple of 4. All
 else reads canonical planes: the weight of the other convolutions is unpacked at each call, since it is small. The
 caller has checked the arguments.
@@ -160,8 +160,8 @@ def bitserial_conv2d(
 ) -> Tensor:
     """Arguments and result as in ``reference.bitserial_conv2d``; canonical planes are left to it."""
     windows = (tuple(stride), tuple(padding), tuple(dilation))
-    exact = precision == "exact" or reference.always_exact(weight_shape, groups)
-    if planes.ndim == 2 and exact and input.dtype != torch.float64:
+    precision = "exact" if reference.always_exact(weight_shape, groups) else precision
+    if planes.ndim == 2 and precision == "exact" and input.dtype != torch.float64:
         weight = _weight_of_planes(planes, step, coefficients, weight_shape, 0)
         return F.conv2d(_as_float32(input), weight, bias, *windows, groups).to(input.dtype)
     if planes.ndim == 2 or input.dtype == torch.float64:
