@@ -358,7 +358,7 @@ def test_compiled_equals_eager():
 def test_eight_threads_agree():
     model = nn.Sequential(packed(hard_layer("conv2d-same")), nn.Flatten(1), nn.Linear(6 * 7 * 8, 4))
     csq.set_precision_(model, "int8")
-    values = torch.randn(2, 3, 7, 8)
+    values = torch.randn(2, 5, 7, 8)
     with torch.inference_mode():
         expected = model(values)
     outputs = {}
