@@ -161,7 +161,7 @@ def bitserial_linear(
         coefficients: ``k_j``, most significant first.
         weight_shape: ``(N, K)``.
         precision: ``"exact"``, the error of a float32 product; ``"high"``, the input in 16 bits; ``"int8"``, in 8. The
-            integers have a step for each 128 columns.
+            integers have a step for each 128 columns (64 where tables serve).
 
     Returns:
         ``(..., N)`` in the dtype of ``input``.

@@ -14,8 +14,9 @@ from torch import Tensor
 from csq_kernels import bitplanes
 from csq_kernels._ops import conv2d_shape
 
-# Columns of a packed linear layer that share one step of the quantized input, and how many of them a table serves.
-BLOCK, GROUP = 128, 4
+# Columns of a packed linear layer that share one step of the quantized input: of products, and of int8 tables, whose
+# groups are limited; and how many of them a table serves.
+BLOCK, TABLE_BLOCK, GROUP = 128, 64, 4
 # Up to so many rows of input, tables serve on the processor.
 TABLE_BATCH = 2
 # Largest magnitude of a quantized input, and of the sum over a group before rounding, by precision.
@@ -161,18 +162,19 @@ def quantize(values: Tensor, element_limit: int | None, group_limit: int | None 
 
 
 def quantize_rows(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """``quantize`` as a packed linear layer does: float32 ``(rows, columns)`` in blocks of 128 columns, the last one
-    filled up with zeros.
+    """``quantize`` as a packed linear layer does: float32 ``(rows, columns)`` in blocks of 128 columns, of 64 for int8
+    tables, the last one filled up with zeros.
 
     On the processor up to 2 rows meet tables: then the groups limit an int8 step, and both limits a high one. All else
     meets products and has the elements' limit.
 
     Returns:
-        q ``(rows, blocks, 128)``, the steps ``(rows, blocks, 1)``.
+        q ``(rows, blocks, columns of a block)``, the steps ``(rows, blocks, 1)``.
     """
-    blocks = F.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     tables = values.shape[0] <= TABLE_BATCH and values.device.type == "cpu"
     element_limit = None if tables and precision == "int8" else ELEMENT_LIMIT[precision]
+    block = TABLE_BLOCK if tables and precision == "int8" else BLOCK
+    blocks = F.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
     return quantize(blocks, element_limit, GROUP_LIMIT[precision] if tables else None)
 
 

@@ -161,9 +161,8 @@ def extreme_inputs(precision: str, batch: int) -> Tensor:
     rows = [torch.tensor(groups[i % len(groups)]).repeat(75) for i in range(batch)]
     rows = [row + 0.0 for row in rows]
     for row in rows:
-        row[128 : 128 + 4] = torch.tensor(groups[0])
-        row[256:260] = torch.tensor(groups[0])
-        row[:4] = torch.tensor(groups[0])
+        for block in range(0, 300, reference.TABLE_BLOCK):
+            row[block : block + 4] = torch.tensor(groups[0])
     return torch.stack(rows)
 
 

@@ -74,7 +74,15 @@ class Packed:
             for shape in dict.fromkeys(shapes)
         }
         used = len(self.packed)
-        return [*self.packed.values(), *(copy.deepcopy(self.packed[shape]) for shape in shapes[used:])]
+        states = {shape: layer.state_dict() for shape, layer in self.packed.items()}
+        return [*self.packed.values(), *(self._again(shape, states[shape]) for shape in shapes[used:])]
+
+    def _again(self, shape: Shape, state: dict[str, Tensor]) -> nn.Module:
+        """A layer that got its planes as one from a file does: a mere copy would not lie where huge pages begin."""
+        layer = copy.copy(self.packed[shape])
+        layer._buffers = dict(layer._buffers)
+        layer.load_state_dict(state)
+        return layer
 
     def walk(self, shape: Shape, batch: int, threads: int) -> Walk:
         torch.set_num_threads(threads)

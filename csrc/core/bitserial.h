@@ -34,12 +34,13 @@ struct PlaneSet {
 // exact: float32 products and sums. high, int8: the input as integers of two bytes or one, and a step.
 enum class Precision : int32_t { exact = 0, high = 1, int8 = 2 };
 
-// How a block of 128 inputs becomes integers: step = max(max |x| / element, max over groups of sum |x| / group), where 0
+// How a block of inputs becomes integers: step = max(max |x| / element, max over groups of sum |x| / group), where 0
 // stands for no limit, and q = round(x / step) = 256 * upper + lower in so many limbs.
 struct Quantization {
     float element;
     float group;
     int limbs;
+    int columns;  // of a block
 };
 
 // Up to so many rows of input, tables of the sums over a group serve instead of products.
@@ -48,10 +49,10 @@ constexpr int64_t kTableBatch = 2;
 constexpr Quantization quantization_of(Precision precision, int64_t batch) {
     const bool two = precision == Precision::high, tables = batch <= kTableBatch;
     // The sums over any part of a group, less the smallest of them, fit one byte or two. An int8 element alone may then
-    // reach 255, so it takes two limbs where there are no tables.
-    const float group = two ? 65533.0f : 253.0f;
-    if (tables) return {two ? 32639.0f : 0.0f, group, 2};
-    return {two ? 32639.0f : 127.0f, 0.0f, two ? 2 : 1};
+    // reach 255, so it takes two limbs where there are no tables; its blocks are half as long, because a limit on groups
+    // is met by fewer of them.
+    if (tables) return two ? Quantization{32639.0f, 65533.0f, 2, 128} : Quantization{0.0f, 253.0f, 2, 64};
+    return two ? Quantization{32639.0f, 0.0f, 2, 128} : Quantization{127.0f, 0.0f, 1, 128};
 }
 static_assert(253 + kGroup / 2 == 255 && 65533 + kGroup / 2 == 65535, "rounding adds at most a half to each of four");
 static_assert(32639 == 127 * 256 + 127, "the upper limb, rounded, is at most 127");

@@ -105,23 +105,25 @@ struct Epilogue {
 };
 
 struct LinearScratch {
-    int8_t* limbs;           // [block][batch][limb][128]
+    int8_t* limbs;           // [block][batch][limb][columns of a block]
     InputBlock* inputs;      // [block][batch]
     TableBlock* tables;      // [batch][block]
     uint8_t* table_entries;  // [batch][block][table_bytes]
     float* tail;             // [batch][128]: the last columns, filled up with zeros
+    int64_t blocks;          // of input, a whole number of tiles
     int64_t table_bytes;
 
     LinearScratch(Arena& arena, const BitserialKernels& kernels, const PackedWeight& w, Precision precision,
                   int64_t batch) {
-        const int64_t blocks = ceil_div(w.columns, kTileColumns), limb_count = quantization_of(precision, batch).limbs;
+        const Quantization quantization = quantization_of(precision, batch);
         limbs = nullptr, inputs = nullptr, tables = nullptr, table_entries = nullptr, tail = nullptr;
-        table_bytes = int64_t{kGroups} * 16 * kernels.table_copies * bytes_of(precision);
+        blocks = ceil_div(w.columns, kTileColumns) * (kTileColumns / quantization.columns);
+        table_bytes = int64_t{16} * quantization.columns / kGroup * kernels.table_copies * bytes_of(precision);
         if (precision == Precision::exact) {
             tail = arena.take<float>(w.columns % kGroup == 0 ? 0 : batch * kTileColumns);
             return;
         }
-        limbs = arena.take<int8_t>(blocks * batch * limb_count * kTileColumns);
+        limbs = arena.take<int8_t>(blocks * batch * quantization.limbs * quantization.columns);
         inputs = arena.take<InputBlock>(blocks * batch);
         if (use_tables(kernels, w.planes, precision, batch)) {
             tables = arena.take<TableBlock>(batch * blocks);
@@ -141,16 +143,16 @@ struct Consecutive {
 void quantize_rows(const BitserialKernels& kernels, const PackedWeight& w, Precision precision, int64_t batch,
                    const float* input, const LinearScratch& scratch, int threads) {
     const Quantization quantization = quantization_of(precision, batch);
-    const int64_t blocks = ceil_div(w.columns, kTileColumns);
+    const int64_t blocks = scratch.blocks, width = quantization.columns;
     const int members = team(8 * batch * w.columns, batch * blocks, threads);
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
     for (int64_t i = 0; i < blocks * batch; ++i) {
         const int64_t block = i / batch, m = i % batch;
         InputBlock& to = scratch.inputs[i];
-        to.limbs[0] = scratch.limbs + i * quantization.limbs * kTileColumns;
-        to.limbs[1] = quantization.limbs == 2 ? to.limbs[0] + kTileColumns : nullptr;
-        const int64_t count = std::min(kTileColumns, w.columns - block * kTileColumns);
-        kernels.quantize(input + m * w.columns + block * kTileColumns, static_cast<int>(count), quantization, to);
+        to.limbs[0] = scratch.limbs + i * quantization.limbs * width;
+        to.limbs[1] = quantization.limbs == 2 ? to.limbs[0] + width : nullptr;
+        const int64_t first = std::min(w.columns, block * width), count = std::min(width, w.columns - first);
+        kernels.quantize(input + m * w.columns + first, static_cast<int>(count), quantization, to);
         if (scratch.tables != nullptr) {
             const int64_t at = m * blocks + block;
             kernels.fill_tables(to, bytes_of(precision), scratch.table_entries + at * scratch.table_bytes,
@@ -170,7 +172,8 @@ void linear_by_tables(const BitserialKernels& kernels, const PackedWeight& w, Pr
         for (int64_t m = 0; m < batch; ++m) {
             alignas(64) float sums[kTileRows];
             kernels.look_up(tiles, w.planes, blocks, bytes_of(precision),
-                            scratch.table_entries + m * blocks * scratch.table_bytes, scratch.tables + m * blocks, sums);
+                            scratch.table_entries + m * scratch.blocks * scratch.table_bytes,
+                            scratch.tables + m * scratch.blocks, sums);
             epilogue.store(sums, 1, output + m * w.rows + band * kTileRows, w.rows);
         }
     }
@@ -182,7 +185,8 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
     const Slices slices = slices_of(w.planes, precision == Precision::exact ? 8 : kernels.slice_bits);
     const int64_t blocks = ceil_div(w.columns, kTileColumns), bands = ceil_div(w.rows, kTileRows);
     const int64_t chunks = ceil_div(batch, kChunk), chunk = ceil_div(batch, chunks);
-    const int limbs = quantization_of(precision, batch).limbs;
+    const Quantization quantization = quantization_of(precision, batch);
+    const int limbs = quantization.limbs, parts = static_cast<int>(kTileColumns / quantization.columns);
     // Several slices have to become one float before the product, or small weights would be differences of large ones.
     const bool from_codes = kernels.multiply_codes != nullptr && slices.count == 1 && batch <= 2;
     const int members = team(batch * w.rows * w.columns, bands * chunks, threads);
@@ -211,18 +215,22 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
                     if (!from_codes) kernels.convert(panel, slice, s > 0, groups, floats);
                     continue;
                 }
-                const InputBlock* blocks_in = scratch.inputs + block * batch + first;
-                for (int limb = 0; limb < limbs; ++limb) {
+                for (int part = 0; part < parts * limbs; ++part) {
+                    const int limb = part % limbs, first_group = part / limbs * quantization.columns / kGroup;
+                    const int part_groups = std::min(groups - first_group, quantization.columns / kGroup);
+                    if (part_groups <= 0) break;
+                    const InputBlock* blocks_in = scratch.inputs + (block * parts + part / limbs) * batch + first;
                     const float unit = static_cast<float>(1 << slice.lowest) * unit_of(limb, limbs);
                     for (int64_t m = 0; m < count; ++m) {
                         bytes[m] = blocks_in[m].limbs[limb];
                         starts[m] = -slice.offset * blocks_in[m].sums[limb];
                         factors[m] = unit * blocks_in[m].step;
                     }
-                    const bool last = s == slices.count - 1 && limb == limbs - 1;
-                    kernels.multiply(panel, slice.bits, groups, epilogue.vectors(), count,
-                                     Inputs<int8_t>{bytes, consecutive.offsets, last ? tile + kTilesAhead * tile_bytes
-                                                                                     : nullptr, tile_bytes / kGroups},
+                    const bool last = s == slices.count - 1 && part == parts * limbs - 1;
+                    const uint8_t* ahead = last ? tile + kTilesAhead * tile_bytes : nullptr;
+                    kernels.multiply(panel + first_group * kTileRows * kGroup, slice.bits, part_groups,
+                                     epilogue.vectors(), count,
+                                     Inputs<int8_t>{bytes, consecutive.offsets, ahead, tile_bytes / kGroups},
                                      Sums{starts, factors, sums, nullptr});
                 }
             }

@@ -19,13 +19,13 @@ struct Slice {
 
 // Quantized input of one block of columns: q = 256 * limbs[0] + limbs[1] for two limbs, else q = limbs[0].
 struct InputBlock {
-    int8_t* limbs[2];  // each 128, the second null for one limb
+    int8_t* limbs[2];  // a byte a column each, the second null for one limb
     float step;
     int32_t sums[2];
 };
 
 // Its tables: 16 sums for each group, less the smallest one, of one byte or two, the upper one first:
-// [pair of groups][byte][group][copies][16].
+// [pair of groups][byte][group][copies][16]. Of one byte for 64 columns, of two for 128.
 struct TableBlock {
     float step;
     int64_t smallest;  // sum over the groups of the smallest sums
@@ -57,7 +57,7 @@ struct BitserialKernels {
     int slice_bits;    // most bits of a slice
     int table_copies;  // of each table of 16 bytes
 
-    // One block of `count` inputs, at most 128; what is missing is 0.
+    // One block of `count` inputs; what is missing of the block is 0.
     void (*quantize)(const float* x, int count, const Quantization& quantization, InputBlock& block);
     void (*fill_tables)(const InputBlock& block, int bytes, uint8_t* tables, TableBlock& description);
     // out[64] = sum over the blocks of columns of step * (z of the rows of one row of tiles) . q

@@ -39,7 +39,7 @@ void quantize(const float* x, int count, const Quantization& quantization, Input
     const bool two = quantization.limbs == 2;
     block.step = step;
     block.sums[0] = block.sums[1] = 0;
-    for (int i = 0; i < kTileColumns; ++i) {
+    for (int i = 0; i < quantization.columns; ++i) {
         int8_t upper, lower;
         split(i < count && step > 0.0f ? x[i] * inverse : 0.0f, two, upper, lower);
         block.limbs[0][i] = upper;

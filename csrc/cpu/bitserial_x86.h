@@ -39,12 +39,12 @@ inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d) {
 void quantize(const float* x, int count, const Quantization& quantization, InputBlock& block) {
     const bool two = quantization.limbs == 2;
     alignas(32) float padded[kTileColumns];
-    if (count < kTileColumns) {
-        std::fill(std::copy_n(x, count, padded), padded + kTileColumns, 0.0f);
+    if (count < quantization.columns) {
+        std::fill(std::copy_n(x, count, padded), padded + quantization.columns, 0.0f);
         x = padded;
     }
     __m256 most = _mm256_setzero_ps(), most_of_groups = most, not_finite = most;
-    for (int i = 0; i < kTileColumns; i += 32) {
+    for (int i = 0; i < quantization.columns; i += 32) {
         __m256 v[4];
         for (int j = 0; j < 4; ++j) {
             v[j] = _mm256_loadu_ps(x + i + 8 * j);
@@ -62,7 +62,7 @@ void quantize(const float* x, int count, const Quantization& quantization, Input
     block.step = step;
     const __m256 inverse = _mm256_set1_ps(step > 0.0f ? 1.0f / step : 0.0f);
     __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int i = 0; i < kTileColumns; i += 32) {
+    for (int i = 0; i < quantization.columns; i += 32) {
         __m256i upper[4], lower[4];
         for (int j = 0; j < 4; ++j) {
             __m256 v = _mm256_loadu_ps(x + i + 8 * j);
@@ -86,6 +86,12 @@ inline void store_table(uint8_t* to, __m128i table) {
     for (int copy = 0; copy < V::table_copies; ++copy) _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + copy, table);
 }
 
+// Tables of one byte serve half a tile's columns, of two bytes all of them.
+template <int T>
+constexpr int kParts = T == 1 ? 2 : 1;
+template <int T>
+constexpr int kPartGroups = kGroups / kParts<T>;
+
 // Bytes of inputs whose index in a table has bit c, the inputs being byte `at + c` of each 128 bits.
 inline __m256i sums_of_parts(__m256i inputs, int at) {
     __m256i table = _mm256_setzero_si256();
@@ -105,7 +111,7 @@ int64_t fill_byte_tables(const int8_t* upper, const int8_t* lower, uint8_t* tabl
     constexpr int kTable = 16 * V::table_copies;
     const __m256i zero = _mm256_setzero_si256();
     __m256i all = zero;
-    for (int g = 0; g < kGroups; g += 8, upper += 32, lower += 32) {
+    for (int g = 0; g < kPartGroups<1>; g += 8, upper += 32, lower += 32) {
         const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper));
         const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower));
         // The upper limb is -1, 0 or 1; where it is 0, the lower one has the sign.
@@ -171,7 +177,7 @@ void fill_tables(const InputBlock& block, int bytes, uint8_t* tables, TableBlock
     description.smallest = (bytes == 2 ? fill_word_tables : fill_byte_tables)(block.limbs[0], block.limbs[1], tables);
 }
 
-// Sums of the look-ups of one plane of a tile, 16 bits a row: even bytes of the tile, odd bytes, for both nibbles.
+// Sums of the look-ups of one part of a plane, 16 bits a row: even bytes of the tile, odd bytes, for both nibbles.
 template <int T>
 struct PlaneSums {
     __m256i even[T][2], odd[T][2];
@@ -180,7 +186,7 @@ struct PlaneSums {
 template <int T>
 inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>& sums) {
     using v = typename V::v;
-    constexpr int kVectors = static_cast<int>(kPlaneBytes / V::bytes);
+    constexpr int kVectors = static_cast<int>(kPartGroups<T> * kGroupBytes / V::bytes);
     // A multiplication picks the odd bytes as a shift would, on ports that shifts and shuffles do not need.
     const v nibble = V::set1(15), odd_bytes = V::set1_16(0x100);
     v even[T][2], odd[T][2];
@@ -216,9 +222,10 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
     }
 }
 
-// One table entry is at most 255, so a plane's sum over a block fits 13 bits and planes whose exponents differ by at most
-// two are added up in 16.
-static_assert(kGroups * 255 * 7 <= 65535, "three planes in 16 bits");
+// One table entry is at most 255, so planes whose exponents differ by at most so much are added up in 16 bits.
+template <int T>
+constexpr int kNarrowSpan = T == 1 ? 3 : 2;
+static_assert(kPartGroups<1> * 255 * 15 <= 65535 && kPartGroups<2> * 255 * 7 <= 65535);
 
 template <int T>
 void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, const uint8_t* tables,
@@ -233,25 +240,30 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
     __m256 total[8];
     for (auto& vector : total) vector = _mm256_setzero_ps();
     const __m256i zero = _mm256_setzero_si256();
-    for (int64_t block = 0; block < blocks; ++block, tables += kGroups * T * 16 * V::table_copies) {
+    const int64_t parts = blocks * kParts<T>;
+    for (int64_t part = 0; part < parts; ++part, tables += kPartGroups<T> * T * 16 * V::table_copies) {
+        const uint8_t* plane = tiles + part / kParts<T> * planes.count * kPlaneBytes;
+        plane += part % kParts<T> * kPartGroups<T> * kGroupBytes;
         __m256i wide[T][8];
-        for (int t = 0; t < T; ++t) {
-            for (auto& vector : wide[t]) vector = zero;
-        }
+        for (auto& vectors : wide) std::fill_n(vectors, 8, zero);
         for (int p = 0, before = planes.exponents[0]; p < planes.count;) {
             const int top = planes.exponents[p];
+            const bool first = p == 0;
             int last = top;
-            __m256i even[T][2], odd[T][2];
-            for (int t = 0; t < T; ++t) even[t][0] = even[t][1] = odd[t][0] = odd[t][1] = zero;
-            for (; p < planes.count && top - planes.exponents[p] <= 2; ++p, tiles += kPlaneBytes) {
+            PlaneSums<T> narrow;
+            sum_plane<T>(plane, tables, narrow);
+            for (++p, plane += kPlaneBytes;
+                 p < planes.count && top - planes.exponents[p] <= kNarrowSpan<T>; ++p, plane += kPlaneBytes) {
                 PlaneSums<T> sums;
-                sum_plane<T>(tiles, tables, sums);
+                sum_plane<T>(plane, tables, sums);
                 const __m128i shift = _mm_cvtsi32_si128(last - planes.exponents[p]);
                 last = planes.exponents[p];
                 for (int t = 0; t < T; ++t) {
                     for (int h = 0; h < 2; ++h) {
-                        even[t][h] = _mm256_add_epi16(_mm256_sll_epi16(even[t][h], shift), sums.even[t][h]);
-                        odd[t][h] = _mm256_add_epi16(_mm256_sll_epi16(odd[t][h], shift), sums.odd[t][h]);
+                        auto& even = narrow.even[t][h];
+                        auto& odd = narrow.odd[t][h];
+                        even = _mm256_add_epi16(_mm256_sll_epi16(even, shift), sums.even[t][h]);
+                        odd = _mm256_add_epi16(_mm256_sll_epi16(odd, shift), sums.odd[t][h]);
                     }
                 }
             }
@@ -259,18 +271,18 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
             before = last;
             for (int t = 0; t < T; ++t) {
                 for (int h = 0; h < 2; ++h) {
-                    const __m256i low = _mm256_unpacklo_epi16(even[t][h], odd[t][h]);
-                    const __m256i high = _mm256_unpackhi_epi16(even[t][h], odd[t][h]);
+                    const __m256i low = _mm256_unpacklo_epi16(narrow.even[t][h], narrow.odd[t][h]);
+                    const __m256i high = _mm256_unpackhi_epi16(narrow.even[t][h], narrow.odd[t][h]);
                     const __m256i parts[4] = {_mm256_unpacklo_epi16(low, zero), _mm256_unpackhi_epi16(low, zero),
                                               _mm256_unpacklo_epi16(high, zero), _mm256_unpackhi_epi16(high, zero)};
                     for (int i = 0; i < 4; ++i) {
                         auto& vector = wide[t][2 * i + h];
-                        vector = _mm256_add_epi32(_mm256_sll_epi32(vector, shift), parts[i]);
+                        vector = first ? parts[i] : _mm256_add_epi32(_mm256_sll_epi32(vector, shift), parts[i]);
                     }
                 }
             }
         }
-        const TableBlock& d = descriptions[block];
+        const TableBlock& d = descriptions[part];
         const int64_t correction = all * d.smallest - offset * d.sum;
         const int64_t upper = T == 2 ? correction >> 8 : correction;
         const __m256i corrections[2] = {_mm256_set1_epi32(static_cast<int32_t>(upper)),
