@@ -80,7 +80,10 @@ def reconstruct(
 
 def _serves_directly(input: Tensor) -> bool:
     """Whether an eager call may go straight to its backend: the dispatcher alone costs more than a small layer."""
-    return type(input) is Tensor and input.device.type in backends.DEVICES and not torch.compiler.is_compiling()
+    if type(input) is not Tensor or input.device.type not in backends.DEVICES or torch.compiler.is_compiling():
+        return False
+    # Whoever records what the dispatcher sees has to see it.
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
 
 
 def _forward(op: str, input: Tensor, *arguments) -> Tensor:

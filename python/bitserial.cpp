@@ -118,7 +118,7 @@ cpu::Convolution with_input(cpu::Convolution c, int64_t batch, const Pair& size)
 
 // Memory that a thread keeps from call to call, up to a size: asking for it anew costs as much as a small layer.
 class Scratch {
-  public:
+public:
     explicit Scratch(int64_t bytes) {
         if (bytes > kKept) {
             own_ = allocate(bytes);
@@ -129,7 +129,7 @@ class Scratch {
     }
     uint8_t* get() const { return memory_; }
 
-  private:
+private:
     static constexpr int64_t kKept = int64_t{16} << 20;
     static constexpr std::align_val_t kLine{64};
     struct Delete {

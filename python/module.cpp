@@ -1,5 +1,5 @@
 // csq_kernels._C: the kernels as functions of addresses and sizes. It knows neither torch nor numpy, and allocates
-// nothing.
+// nothing but scratch memory.
 #include <pybind11/stl.h>
 
 #include <sstream>

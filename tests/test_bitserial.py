@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, assert_within
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from csq_kernels import _native, backends, bitplanes, functional, reference
 
@@ -326,6 +327,9 @@ def test_opcheck_and_compile(precision: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True)
     assert torch.equal(compiled(input), step(input))
+    graph = make_fx(step)(input)
+    assert torch.ops.csq.bitserial_linear.default in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(2 * input), step(2 * input))
     case, shape, options = CONVOLUTIONS[0]
     tiles_2d, coefficients_2d = case.tiles()
     pairs = [list(options.get(name, default)) for name, default in (("stride", (1, 1)), ("padding", (0, 0)))]

@@ -1,4 +1,5 @@
-// Products with packed weights, W = step * z with z = sum_j |k_j| b_j - offset: the arguments, and the order of the bits.
+// Products with packed weights, W = step * z with z = sum_j |k_j| b_j - offset: the arguments, and the order of the
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,9 @@ constexpr int kMaxWeightPlanes = 17;
 //     bits 0..3   columns 4 g .. 4 g + 3 of row 16 i + 4 b + q
 //     bits 4..7   columns 4 g .. 4 g + 3 of row 16 i + 4 b + q + 8
 //
-// A nibble is the index into a table of the 16 sums of 4 inputs. Interleaving the bytes of 4 columns gives vectors whose
-// 32-bit lanes are rows, 16 i + 0 .. 16 i + 15 in order. Planes with a negative coefficient are stored inverted. Rows and
-// columns beyond the weight are zero bits.
+// A nibble is the index into a table of the 16 sums of 4 inputs. Interleaving the bytes of 4 columns gives vectors
+// whose 32-bit lanes are rows, 16 i + 0 .. 16 i + 15 in order. Planes with a negative coefficient are stored inverted.
+// Rows and columns beyond the weight are zero bits.
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kPlaneBytes = kTileRows * kTileColumns / 8;
@@ -49,8 +50,8 @@ constexpr int64_t kTableBatch = 2;
 constexpr Quantization quantization_of(Precision precision, int64_t batch) {
     const bool two = precision == Precision::high, tables = batch <= kTableBatch;
     // The sums over any part of a group, less the smallest of them, fit one byte or two. An int8 element alone may then
-    // reach 255, so it takes two limbs where there are no tables; its blocks are half as long, because a limit on groups
-    // is met by fewer of them.
+    // reach 255, so it takes two limbs where there are no tables; its blocks are half as long, because a limit on
+    // groups is met by fewer of them.
     if (tables) return two ? Quantization{32639.0f, 65533.0f, 2, 128} : Quantization{0.0f, 253.0f, 2, 64};
     return two ? Quantization{32639.0f, 0.0f, 2, 128} : Quantization{127.0f, 0.0f, 1, 128};
 }

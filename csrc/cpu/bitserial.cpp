@@ -23,7 +23,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Hands out parts of the scratch memory; without memory it only counts.
 class Arena {
-  public:
+public:
     explicit Arena(uint8_t* memory) : memory_(memory) {}
     template <class T>
     T* take(int64_t count) {
@@ -35,7 +35,7 @@ class Arena {
     // Never 0, which no allocation has an address for.
     int64_t size() const { return std::max<int64_t>(size_, 1); }
 
-  private:
+private:
     uint8_t* memory_;
     int64_t size_ = 0;
 };
@@ -240,7 +240,8 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
                     values[m] = in_tail ? scratch.tail + (first + m) * kTileColumns
                                         : input + (first + m) * w.columns + block * kTileColumns;
                 }
-                const Inputs<float> inputs{values, consecutive.offsets, tile + kTilesAhead * tile_bytes, tile_bytes / kGroups};
+                const Inputs<float> inputs{values, consecutive.offsets, tile + kTilesAhead * tile_bytes,
+                                           tile_bytes / kGroups};
                 if (from_codes) {
                     kernels.multiply_codes(panel, slices.list[0], groups, epilogue.vectors(), count, inputs, sums);
                 } else {
@@ -282,7 +283,8 @@ struct ConvScratch {
             values = arena.take<float>(c.batch * image.size());
             return;
         }
-        for (int limb = 0; limb < conv_quantization(precision).limbs; ++limb) limbs[limb] = arena.take<int8_t>(c.batch * image.size());
+        for (int limb = 0; limb < conv_quantization(precision).limbs; ++limb)
+            limbs[limb] = arena.take<int8_t>(c.batch * image.size());
         channel_sums = arena.take<int32_t>(conv_quantization(precision).limbs * c.batch * image.plane() / kGroup);
         steps = arena.take<float>(c.batch);
     }
@@ -342,7 +344,8 @@ void gather_image(const BitserialKernels& kernels, Precision precision, const Co
 }
 
 // Sums over the channels of every pixel: those over a patch follow from them.
-void sum_channels(const BitserialKernels& kernels, Precision precision, const Convolution& c, const ConvScratch& scratch) {
+void sum_channels(const BitserialKernels& kernels, Precision precision, const Convolution& c,
+                  const ConvScratch& scratch) {
     const Image image(c);
     const int64_t pixels = image.height * image.width;
     for (int64_t i = 0; i < conv_quantization(precision).limbs * c.batch; ++i) {
@@ -401,12 +404,10 @@ void conv_by_products(const BitserialKernels& kernels, const PackedWeight& w, Pr
         for (int s = 0; s < slices.count && precision != Precision::exact; ++s) {
             const Slice& slice = slices.list[s];
             for (int limb = 0; limb < limbs; ++limb) {
-                const float factor =
-                    scratch.steps[n] * static_cast<float>(1 << slice.lowest) * unit_of(limb, limbs);
+                const float factor = scratch.steps[n] * static_cast<float>(1 << slice.lowest) * unit_of(limb, limbs);
                 const int8_t* from = scratch.limbs[limb] + n * image.size();
                 for (int64_t m = 0; m < count; ++m) bytes[m] = from + pixel[m] * kGroup;
-                const int32_t* channel_sums =
-                    scratch.channel_sums + (limb * c.batch + n) * image.height * image.width;
+                const int32_t* channel_sums = scratch.channel_sums + (limb * c.batch + n) * image.height * image.width;
                 for (int64_t m = 0; m < count; ++m) {
                     int32_t patch = 0;
                     for (int64_t y = 0; y < c.kernel[0] && slice.offset != 0; ++y) {

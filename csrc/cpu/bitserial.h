@@ -30,8 +30,8 @@ struct Convolution {
 };
 
 int64_t tiles_size(int64_t rows, int64_t columns, int planes);
-// Between canonical planes, bit row * columns + column of a stream, and tiles. `order`, if not null, names the column of
-// the stream for each of `columns` columns of the tiles, or -1 where there is none.
+// Between canonical planes, bit row * columns + column of a stream, and tiles. `order`, if not null, names the column
+// of the stream for each of `columns` columns of the tiles, or -1 where there is none.
 void tile_planes(const uint8_t* planes, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,
                  const PlaneSet& set, uint8_t* tiles, int threads);
 void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,

@@ -24,18 +24,14 @@ struct Bytes512 {
     static v shuffle(v table, v index) { return _mm512_shuffle_epi8(table, index); }
     static v maddubs(v a, v b) { return _mm512_maddubs_epi16(a, b); }
     static v madd(v a, v b) { return _mm512_madd_epi16(a, b); }
-    static __m256i fold(v a) {
-        return _mm256_add_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-    }
+    static __m256i fold(v a) { return _mm256_add_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)); }
 
     // The tables of the two groups that vector i of a plane holds, each twice.
     template <int T>
     static v table(const uint8_t* tables, int i, int t) {
         return load(tables + 64 * (T * i + t));
     }
-    static __m256i select(__m256i mask, __m256i a, __m256i b) {
-        return _mm256_ternarylogic_epi32(mask, a, b, 0xca);
-    }
+    static __m256i select(__m256i mask, __m256i a, __m256i b) { return _mm256_ternarylogic_epi32(mask, a, b, 0xca); }
     static v load_32(const int32_t* p) { return _mm512_load_si512(reinterpret_cast<const v*>(p)); }
     static void store_32(int32_t* p, v a) { _mm512_store_si512(reinterpret_cast<v*>(p), a); }
     static void add_scaled(float* to, float factor, v sums) {

@@ -75,8 +75,8 @@ struct BitserialKernels {
     // out[m][64] += floats . inputs
     void (*multiply_floats)(const float* floats, int groups, int row_vectors, int64_t batch,
                             const Inputs<float>& inputs, float* out);
-    // The same from the bytes of the only slice that there is, out[m][64] += 2^lowest * (bytes - offset) . inputs, for one
-    // batch row or two.
+    // The same from the bytes of the only slice that there is, out[m][64] += 2^lowest * (bytes - offset) . inputs, for
+    // one batch row or two.
     void (*multiply_codes)(const uint8_t* panel, const Slice& slice, int groups, int row_vectors, int64_t batch,
                            const Inputs<float>& inputs, float* out);
 
@@ -90,8 +90,8 @@ struct BitserialKernels {
     // sums[i] += sum of from[i][4]
     void (*add_channels)(const int8_t* from, int64_t count, int32_t* sums);
     // to[r * to_stride + m] = steps[r] * from[m][r] + bias[r] for rows of 64 results; steps and bias have 64 entries.
-    void (*store_transposed)(const float* from, int rows, int64_t count, const float* steps, const float* bias, float* to,
-                             int64_t to_stride);
+    void (*store_transposed)(const float* from, int rows, int64_t count, const float* steps, const float* bias,
+                             float* to, int64_t to_stride);
 };
 
 const BitserialKernels& bitserial_kernels(Isa isa);

@@ -144,7 +144,7 @@ void store_transposed(const float* from, int rows, int64_t count, const float* s
 }  // namespace
 
 const BitserialKernels kScalarBitserial = {
-    8,       0,       quantize, nullptr,      nullptr,       unpack,       multiply,         convert, multiply_floats,
+    8,       0,       quantize,     nullptr,       nullptr,      unpack,           multiply, convert, multiply_floats,
     nullptr, largest, gather_bytes, gather_floats, add_channels, store_transposed,
 };
 

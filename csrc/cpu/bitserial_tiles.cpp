@@ -13,7 +13,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int byte_of(int64_t row) { return static_cast<int>(16 * (row / 4 % 2) + 4 * (row / 16) + row % 4); }
 int shift_of(int64_t row) { return row / 8 % 2 * 4; }
 
-// Visit every bit of the weight that the tiles hold: visit(plane, bit of the stream, byte of the tiles, bit of the byte).
+// Visit every bit of the weight that the tiles hold: visit(plane, bit of the stream, byte of the tiles, bit of the
+// byte).
 template <class Visit>
 void for_each_row(int64_t rows, int64_t columns, int planes, int64_t first, int64_t last, const Visit& visit) {
     const int64_t blocks = ceil_div(columns, kTileColumns);
@@ -45,7 +46,8 @@ void tile_planes(const uint8_t* planes, int64_t rows, int64_t stream_columns, co
                          if (from < 0) return;
                          const int64_t at = row * stream_columns + from;
                          for (int p = 0; p < set.count; ++p) {
-                             const int value = (planes[p * plane_bytes + at / 8] >> at % 8 & 1) ^ int{set.inverted[p]};
+                             const int value =
+                                 (planes[p * plane_bytes + at / 8] >> at % 8 & 1) ^ int { set.inverted[p] };
                              tiles[byte + p * kPlaneBytes] |= static_cast<uint8_t>(value << bit);
                          }
                      });
@@ -61,7 +63,7 @@ void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, c
         if (from < 0) return;
         const int64_t at = row * stream_columns + from;
         for (int p = 0; p < set.count; ++p) {
-            const int value = (tiles[byte + p * kPlaneBytes] >> bit & 1) ^ int{set.inverted[p]};
+            const int value = (tiles[byte + p * kPlaneBytes] >> bit & 1) ^ int { set.inverted[p] };
             planes[p * plane_bytes + at / 8] |= static_cast<uint8_t>(value << at % 8);
         }
     });

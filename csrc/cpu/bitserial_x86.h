@@ -1,5 +1,5 @@
-// The parts of a product with packed weights for x86, written once over a vector type V. Included inside a target region
-// and inside an anonymous namespace, after V, by one source file for each instruction set.
+// The parts of a product with packed weights for x86, written once over a vector type V. Included inside a target
+// region and inside an anonymous namespace, after V, by one source file for each instruction set.
 
 // Bytes ahead that the stream of planes is asked for; measured: without it a core reads a third less.
 constexpr int kPrefetch = 4096;
@@ -96,8 +96,8 @@ constexpr int kPartGroups = kGroups / kParts<T>;
 inline __m256i sums_of_parts(__m256i inputs, int at) {
     __m256i table = _mm256_setzero_si256();
     for (int c = 0; c < kGroup; ++c) {
-        const __m256i index = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        const __m256i index =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << c));
         const __m256i has = _mm256_cmpeq_epi8(_mm256_and_si256(index, bit), bit);
         const __m256i input = _mm256_shuffle_epi8(inputs, _mm256_set1_epi8(static_cast<char>(at + c)));
@@ -252,8 +252,8 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
             int last = top;
             PlaneSums<T> narrow;
             sum_plane<T>(plane, tables, narrow);
-            for (++p, plane += kPlaneBytes;
-                 p < planes.count && top - planes.exponents[p] <= kNarrowSpan<T>; ++p, plane += kPlaneBytes) {
+            for (++p, plane += kPlaneBytes; p < planes.count && top - planes.exponents[p] <= kNarrowSpan<T>;
+                 ++p, plane += kPlaneBytes) {
                 PlaneSums<T> sums;
                 sum_plane<T>(plane, tables, sums);
                 const __m128i shift = _mm_cvtsi32_si128(last - planes.exponents[p]);
@@ -307,7 +307,9 @@ void look_up(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, int b
 }
 
 // a where the mask is set, else b
-inline __m256i select(int mask, __m256i a, __m256i b) { return V::select(_mm256_set1_epi8(static_cast<char>(mask)), a, b); }
+inline __m256i select(int mask, __m256i a, __m256i b) {
+    return V::select(_mm256_set1_epi8(static_cast<char>(mask)), a, b);
+}
 
 // Spread `N` planes at positions 0..N-1 over 4 vectors, one for each column: both nibbles of a byte then hold one row's
 // bits, and bits of no meaning where there is no plane. Two planes at a time trade the bits of odd columns, then two
@@ -622,8 +624,9 @@ void multiply_codes_rows(const uint8_t* panel, const Slice& slice, int groups, i
     constexpr int R = 64 / V::bytes;  // 16 rows
     constexpr int P = V::bytes == 64 || M == 1 ? 4 : 2;
     const float unit = static_cast<float>(1 << slice.lowest);
-    (slice.offset > 0 ? multiply_codes_block<R, M, P, true> : multiply_codes_block<R, M, P, false>)(
-        panel, slice.offset, unit, groups, row_vectors, inputs, out);
+    (slice.offset > 0
+         ? multiply_codes_block<R, M, P, true>
+         : multiply_codes_block<R, M, P, false>)(panel, slice.offset, unit, groups, row_vectors, inputs, out);
 }
 
 void multiply_codes(const uint8_t* panel, const Slice& slice, int groups, int row_vectors, int64_t batch,
@@ -676,9 +679,8 @@ void multiply_float_block(const float* floats, int groups, const Inputs<float>& 
 
 template <int R, int M>
 void multiply_float_rows(const float* floats, int groups, int64_t batch, const Inputs<float>& inputs, float* out) {
-    split_batch<M>(batch, [&](int64_t m0, auto count) {
-        multiply_float_block<R, count()>(floats, groups, inputs, m0, out);
-    });
+    split_batch<M>(batch,
+                   [&](int64_t m0, auto count) { multiply_float_block<R, count()>(floats, groups, inputs, m0, out); });
 }
 
 void multiply_floats(const float* floats, int groups, int row_vectors, int64_t batch, const Inputs<float>& inputs,
@@ -713,10 +715,10 @@ float largest(const float* x, int64_t count) {
 
 inline __m256i pack_channels(const __m256i* q) {
     const __m256i byte = _mm256_set1_epi32(255);
-    const __m256i low = _mm256_or_si256(_mm256_and_si256(q[0], byte),
-                                        _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
-    const __m256i high = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(q[2], byte), 16),
-                                         _mm256_slli_epi32(q[3], 24));
+    const __m256i low =
+        _mm256_or_si256(_mm256_and_si256(q[0], byte), _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
+    const __m256i high =
+        _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(q[2], byte), 16), _mm256_slli_epi32(q[3], 24));
     return _mm256_or_si256(low, high);
 }
 
