@@ -63,10 +63,25 @@ def time_of_three_planes(row: Row, find: Find) -> float | None:
     return None if every is None else seconds(row) / seconds(every) / (3 / 8)
 
 
+def microseconds(row: Row, find: Find) -> float | None:
+    return None if row["seconds"] is None else 1e6 * seconds(row)
+
+
+def over_batch_1(row: Row, find: Find) -> float | None:
+    one = find(batch=1)
+    return None if one is None or None in (row["seconds"], one["seconds"]) else seconds(row) / seconds(one)
+
+
+def share_of_cublas(row: Row, find: Find) -> float | None:
+    return None if row["seconds"] is None else row["cublas_fp16_seconds"]["median"] / seconds(row)
+
+
 FORWARD = {"op": "reconstruct", "provider": "csq", "mode": "forward", "n_bits": 8}
 BOTH = {**FORWARD, "mode": "forward+backward"}
 STEP = {"op": "csq_linear", "provider": "csq", "shape": [8192, 4096, 4096], "dtype": "bfloat16"}
 LAUNCH = {"op": "reconstruct_launch", "provider": "csq"}
+PACKED = {"op": "bitserial_linear", "provider": "cuda", "shape": [8192, 8192], "dtype": "float16"}
+PACKED_MICROSECONDS = {1: 6.0, 2: 9.0, 3: 11.5, 4: 14.5, 6: 20.0, 8: 26.0}
 LARGE = 16 << 20
 
 CLAIMS = [
@@ -85,6 +100,11 @@ CLAIMS = [
           at_least=False, fewest_weights=LARGE),
     Claim("CSQLinear step over nn.Linear's, 8192 tokens, 4096x4096, bf16", 1.5, STEP, lambda row, _: row["times_float"],
           at_least=False),
+    *(Claim(f"packed 8192x8192, fp16, batch 1, {bits} bits, microseconds", target,
+            {**PACKED, "bits": bits, "batch": 1}, microseconds, at_least=False)
+      for bits, target in PACKED_MICROSECONDS.items()),
+    Claim("packed 8192x8192, fp16, batch 16 over batch 1", 1.3, {**PACKED, "batch": 16}, over_batch_1, at_least=False),
+    Claim("packed 8192x8192, fp16, batch 512, share of cuBLAS fp16", 0.8, {**PACKED, "batch": 512}, share_of_cublas),
 ]  # fmt: skip
 
 
@@ -112,8 +132,8 @@ def standing(claim: Claim, rows: Iterable[Row]) -> Standing:
     for commit, own in by_commit.items():
 
         def find(row: Row, own: list[Row] = own, **changes: Any) -> Row | None:
-            fields = ("op", "provider", "mode", "shape", "dtype", "n_bits", "device")
-            wanted = {**{key: row[key] for key in fields}, **changes}
+            fields = ("op", "provider", "mode", "shape", "dtype", "n_bits", "device", "bits", "batch")
+            wanted = {**{key: row.get(key) for key in fields}, **changes}
             same = [other for other in own if all(other.get(key) == value for key, value in wanted.items())]
             same = [other for other in same if other["machine"] == row["machine"]]
             return max(same, key=lambda other: other["time"], default=None)

@@ -111,9 +111,9 @@ def main() -> None:
         batch: graph_seconds([lambda w=weight, x=input: x @ w.T for weight in dense]) for batch, input in inputs.items()
     }
     del dense
-    rows: list[dict[str, Any]] = []
     wrong = False
     for width in options.widths:
+        rows: list[dict[str, Any]] = []
         layers = Layers(width)
         for batch, input in inputs.items():
             opponent = spread(floats[batch])
@@ -140,7 +140,7 @@ def main() -> None:
                     flush=True,
                 )
         del layers
-    append_lines(options.out, rows)
+        append_lines(options.out, rows)
     sys.exit(wrong)
 
 

@@ -68,9 +68,9 @@ Slices slices_of(const PlaneSet& planes, int most_bits) {
     return slices;
 }
 
-// Whether sums come from tables, a look-up for every 4 bits, or from products of unpacked bytes.
-bool use_tables(const BitserialKernels& kernels, const PlaneSet& planes, Precision precision, int64_t batch) {
-    if (kernels.look_up == nullptr || precision == Precision::exact || planes.count == 0) return false;
+// Whether sums may come from tables, a look-up for every 4 bits, instead of products of unpacked bytes.
+bool suits_tables(const PlaneSet& planes, Precision precision, int64_t batch) {
+    if (precision == Precision::exact || planes.count == 0) return false;
     return batch <= kTableBatch && planes.exponents[0] - planes.exponents[planes.count - 1] <= kTableSpan;
 }
 
@@ -108,26 +108,26 @@ struct LinearScratch {
     int8_t* limbs;           // [block][batch][limb][columns of a block]
     InputBlock* inputs;      // [block][batch]
     TableBlock* tables;      // [batch][block]
-    uint8_t* table_entries;  // [batch][block][table_bytes]
+    uint8_t* table_entries;  // [batch][block][table_bytes * copies]
     float* tail;             // [batch][128]: the last columns, filled up with zeros
     int64_t blocks;          // of input, a whole number of tiles
     int64_t table_bytes;
 
-    LinearScratch(Arena& arena, const BitserialKernels& kernels, const PackedWeight& w, Precision precision,
-                  int64_t batch) {
+    // The same for every instruction set, so that changing it between asking for the size and computing does no harm.
+    LinearScratch(Arena& arena, const PackedWeight& w, Precision precision, int64_t batch) {
         const Quantization quantization = quantization_of(precision, batch);
         limbs = nullptr, inputs = nullptr, tables = nullptr, table_entries = nullptr, tail = nullptr;
         blocks = ceil_div(w.columns, kTileColumns) * (kTileColumns / quantization.columns);
-        table_bytes = int64_t{16} * quantization.columns / kGroup * kernels.table_copies * bytes_of(precision);
+        table_bytes = int64_t{16} * quantization.columns / kGroup * bytes_of(precision);
         if (precision == Precision::exact) {
             tail = arena.take<float>(w.columns % kGroup == 0 ? 0 : batch * kTileColumns);
             return;
         }
         limbs = arena.take<int8_t>(blocks * batch * quantization.limbs * quantization.columns);
         inputs = arena.take<InputBlock>(blocks * batch);
-        if (use_tables(kernels, w.planes, precision, batch)) {
+        if (suits_tables(w.planes, precision, batch)) {
             tables = arena.take<TableBlock>(batch * blocks);
-            table_entries = arena.take<uint8_t>(batch * blocks * table_bytes);
+            table_entries = arena.take<uint8_t>(batch * blocks * table_bytes * kMostTableCopies);
         }
     }
 };
@@ -153,9 +153,10 @@ void quantize_rows(const BitserialKernels& kernels, const PackedWeight& w, Preci
         to.limbs[1] = quantization.limbs == 2 ? to.limbs[0] + width : nullptr;
         const int64_t first = std::min(w.columns, block * width), count = std::min(width, w.columns - first);
         kernels.quantize(input + m * w.columns + first, static_cast<int>(count), quantization, to);
-        if (scratch.tables != nullptr) {
+        if (kernels.fill_tables != nullptr && scratch.tables != nullptr) {
             const int64_t at = m * blocks + block;
-            kernels.fill_tables(to, bytes_of(precision), scratch.table_entries + at * scratch.table_bytes,
+            kernels.fill_tables(to, bytes_of(precision),
+                                scratch.table_entries + at * scratch.table_bytes * kernels.table_copies,
                                 scratch.tables[at]);
         }
     }
@@ -172,7 +173,7 @@ void linear_by_tables(const BitserialKernels& kernels, const PackedWeight& w, Pr
         for (int64_t m = 0; m < batch; ++m) {
             alignas(64) float sums[kTileRows];
             kernels.look_up(tiles, w.planes, blocks, bytes_of(precision),
-                            scratch.table_entries + m * scratch.blocks * scratch.table_bytes,
+                            scratch.table_entries + m * scratch.blocks * scratch.table_bytes * kernels.table_copies,
                             scratch.tables + m * scratch.blocks, sums);
             epilogue.store(sums, 1, output + m * w.rows + band * kTileRows, w.rows);
         }
@@ -345,10 +346,12 @@ void gather_image(const BitserialKernels& kernels, Precision precision, const Co
 
 // Sums over the channels of every pixel: those over a patch follow from them.
 void sum_channels(const BitserialKernels& kernels, Precision precision, const Convolution& c,
-                  const ConvScratch& scratch) {
+                  const ConvScratch& scratch, int threads) {
     const Image image(c);
-    const int64_t pixels = image.height * image.width;
-    for (int64_t i = 0; i < conv_quantization(precision).limbs * c.batch; ++i) {
+    const int64_t pixels = image.height * image.width, images = conv_quantization(precision).limbs * c.batch;
+    const int members = team(2 * images * image.size(), images, threads);
+#pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
+    for (int64_t i = 0; i < images; ++i) {
         int32_t* sums = scratch.channel_sums + i * pixels;
         std::fill_n(sums, pixels, 0);
         const int8_t* from = scratch.limbs[i / c.batch] + i % c.batch * image.size();
@@ -479,7 +482,7 @@ void bitserial_weight(const PackedWeight& weight, float* output, int threads) {
 
 int64_t bitserial_linear_scratch(const PackedWeight& weight, Precision precision, int64_t batch) {
     Arena arena(nullptr);
-    LinearScratch(arena, bitserial_kernels(current_isa()), weight, precision, batch);
+    LinearScratch(arena, weight, precision, batch);
     return arena.size();
 }
 
@@ -487,7 +490,7 @@ void bitserial_linear(const PackedWeight& weight, Precision precision, int64_t b
                       uint8_t* scratch_memory, int threads) {
     const BitserialKernels& kernels = bitserial_kernels(current_isa());
     Arena arena(scratch_memory);
-    const LinearScratch scratch(arena, kernels, weight, precision, batch);
+    const LinearScratch scratch(arena, weight, precision, batch);
     if (precision != Precision::exact) {
         quantize_rows(kernels, weight, precision, batch, input, scratch, threads);
     } else if (weight.columns % kGroup != 0) {
@@ -497,7 +500,7 @@ void bitserial_linear(const PackedWeight& weight, Precision precision, int64_t b
             std::fill(std::copy_n(input + m * weight.columns + start, count, to), to + kTileColumns, 0.0f);
         }
     }
-    if (use_tables(kernels, weight.planes, precision, batch)) {
+    if (kernels.look_up != nullptr && suits_tables(weight.planes, precision, batch)) {
         linear_by_tables(kernels, weight, precision, batch, scratch, output, threads);
     } else {
         linear_by_products(kernels, weight, precision, batch, input, scratch, output, threads);
@@ -518,7 +521,7 @@ void bitserial_conv2d(const PackedWeight& weight, Precision precision, const Con
     const Image image(convolution);
     fill_offsets(convolution, image, scratch.offsets);
     gather_image(kernels, precision, convolution, input, scratch, threads);
-    if (precision != Precision::exact) sum_channels(kernels, precision, convolution, scratch);
+    if (precision != Precision::exact) sum_channels(kernels, precision, convolution, scratch, threads);
     conv_by_products(kernels, weight, precision, convolution, scratch, output, threads);
 }
 

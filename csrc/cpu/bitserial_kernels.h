@@ -51,6 +51,7 @@ struct Sums {
     int32_t* totals;
 };
 
+constexpr int kMostTableCopies = 2;
 constexpr int kPanelBytes = static_cast<int>(kTileRows * kTileColumns);
 
 struct BitserialKernels {

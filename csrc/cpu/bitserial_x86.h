@@ -83,6 +83,7 @@ void quantize(const float* x, int count, const Quantization& quantization, Input
 }
 
 inline void store_table(uint8_t* to, __m128i table) {
+    static_assert(V::table_copies <= kMostTableCopies);
     for (int copy = 0; copy < V::table_copies; ++copy) _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + copy, table);
 }
 
