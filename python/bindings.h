@@ -29,5 +29,6 @@ inline void require_from(const char* name, int64_t value, int64_t least) {
 void bind_bitserial(pybind11::module_& m);
 void bind_bitserial_cuda(pybind11::module_& m);
 void bind_reconstruct(pybind11::module_& m);
+void bind_step(pybind11::module_& m);
 
 }  // namespace csq::python

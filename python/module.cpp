@@ -60,4 +60,5 @@ PYBIND11_MODULE(_C, m) {
     csq::python::bind_bitserial(m);
     csq::python::bind_bitserial_cuda(m);
     csq::python::bind_reconstruct(m);
+    csq::python::bind_step(m);
 }

@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "cpu/reconstruct.h"
+#include "reconstruct_params.h"
 #ifdef CSQ_WITH_CUDA
 #include "cuda/reconstruct.h"
 #endif
@@ -17,60 +18,6 @@ namespace csq::python {
 namespace {
 
 namespace py = pybind11;
-
-DType parse_dtype(const std::string& name) {
-    if (name == "float32") return DType::f32;
-    if (name == "bfloat16") return DType::bf16;
-    if (name == "float16") return DType::f16;
-    fail("dtype", "as float32, bfloat16 or float16", name);
-}
-
-// The sizes of ReconstructParams; its addresses are filled in by the caller.
-ReconstructParams parse_sizes(int64_t outer, int64_t channels, int64_t inner, const std::vector<int>& bits, int n_bits,
-                              const std::string& dtype, bool gates_per_channel, bool scale_per_channel,
-                              bool hard_gates) {
-    require_from("outer", outer, 1);
-    require_from("channels", channels, 1);
-    require_from("inner", inner, 1);
-    int64_t bytes = 8 * kMaxPlanes;
-    for (const int64_t size : {outer, channels, inner}) {
-        if (__builtin_mul_overflow(bytes, size, &bytes)) {
-            fail("outer * channels * inner", "that fits in memory",
-                 std::to_string(outer) + " * " + std::to_string(channels) + " * " + std::to_string(inner));
-        }
-    }
-    if (n_bits < 1 || n_bits > kMaxPlanes) {
-        fail("n_bits", "from 1 to " + std::to_string(kMaxPlanes), std::to_string(n_bits));
-    }
-    ReconstructParams params{};
-    int previous = -1;
-    for (const int bit : bits) {
-        if (bit <= previous || bit >= n_bits) {
-            fail("bits", "as increasing integers from 0 to " + std::to_string(n_bits - 1),
-                 std::to_string(bit) + " after " + std::to_string(previous));
-        }
-        params.bits[params.planes++] = previous = bit;
-    }
-    params.outer = outer;
-    params.channels = channels;
-    params.inner = inner;
-    params.n_bits = n_bits;
-    params.dtype = parse_dtype(dtype);
-    params.gates_per_channel = gates_per_channel;
-    params.scale_per_channel = scale_per_channel;
-    params.hard_gates = hard_gates;
-    return params;
-}
-
-void parse_addresses(ReconstructParams& params, Address bit_logits, Address gate_logits, Address scale,
-                     Address temperature) {
-    if (params.planes > 0) {
-        params.bit_logits = array<const void>("bit_logits", bit_logits);
-        params.gate_logits = array<const float>("gate_logits", gate_logits);
-    }
-    params.scale = array<const float>("scale", scale);
-    params.temperature = array<const float>("temperature", temperature);
-}
 
 // Where a kernel runs: a number of threads on the processor, a stream on a CUDA device.
 template <class Place>
@@ -107,6 +54,7 @@ void bind(py::module_& m, const std::string& prefix, const char* place_name, For
               ReconstructGradients gradients{};
               double* sums = nullptr;
               gradients.grad_weight = array<const void>("grad_weight", grad_weight);
+              gradients.grad_weight_dtype = params.dtype;
               gradients.grad_scale = array<float>("grad_scale", grad_scale);
               if (params.planes > 0) {
                   gradients.grad_bit_logits = array<void>("grad_bit_logits", grad_bit_logits);

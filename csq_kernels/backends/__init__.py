@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from csq_kernels import _native, reference
+from csq_kernels import _native, reference, reference_step
 from csq_kernels._ops import CHECKS, SCHEMAS, library
+from csq_kernels.step import STEP_OPS
 
 DEVICES = ("cpu", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -42,7 +43,7 @@ class Choice:
 def _module(op: str, backend: str) -> types.ModuleType:
     """The module of ``backend`` for the family of ``op``, such as ``cpu_reconstruct``."""
     if backend == "reference":
-        return reference
+        return reference_step if op in STEP_OPS else reference
     if backend in ("cpu", "cuda"):
         if _native.module is None:
             raise Unavailable(_native.reason)
@@ -104,7 +105,12 @@ def _reorder(direction: str, op: str, planes: Tensor, *weight) -> Tensor:
 
 def choices() -> list[Choice]:
     """Return the choice for every op and device; what ``csq info`` prints."""
-    return [choose(op, device)[0] for op in SCHEMAS for device in DEVICES]
+    return [choose(op, device)[0] for op in (*SCHEMAS, *STEP_OPS) for device in DEVICES]
+
+
+def step_function(op: str, device: str) -> Callable:
+    """The function of ``step.STEP_OPS`` that serves ``device``; the reference where no backend knows it."""
+    return choose(op, device)[1] if device in DEVICES else getattr(reference_step, op)
 
 
 def _check_temperature(temperature: Tensor) -> None:

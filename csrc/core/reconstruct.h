@@ -35,7 +35,8 @@ struct ReconstructParams {
 // The inputs and outputs of the backward pass; grad_gate_logits and grad_scale have the shapes of what they belong to.
 struct ReconstructGradients {
     const void* grad_weight;  // [outer, channels, inner]
-    void* grad_bit_logits;    // [2, k, outer, channels, inner]
+    DType grad_weight_dtype;  // that of the logits; float32 will do too where the sums alone are wanted
+    void* grad_bit_logits;    // [2, k, outer, channels, inner], or null: the sums alone are wanted
     float* grad_gate_logits;  // [k] or [k, channels]
     float* grad_scale;        // [1] or [channels]
 };

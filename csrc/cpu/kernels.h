@@ -9,6 +9,7 @@
 
 #include "core/half.h"
 #include "core/reconstruct.h"
+#include "core/step.h"
 #include "cpu/reconstruct_tiles.h"
 
 #if defined(__x86_64__)
@@ -31,10 +32,20 @@ struct ReconstructKernels {
     BackwardUnits backward[3];
 };
 
+// Compute the tiles begin .. end - 1, of kTile weights each, wherever their channels begin. Indexed by DType.
+using StepTiles = void (*)(const StepParams&, int64_t begin, int64_t end);
+using ScaleSumUnits = void (*)(const ReconstructParams&, const float* grad_weight, const float* weight, double* partial,
+                               int64_t begin, int64_t end);
+struct StepKernels {
+    StepTiles update[2];
+    ScaleSumUnits scale_sums;
+};
+
 extern const ReconstructKernels kScalarKernels;
+extern const StepKernels kScalarStep;
 #if CSQ_X86
-extern const ReconstructKernels kAvx2Kernels;
-extern const ReconstructKernels kAvx512Kernels;
+extern const ReconstructKernels kAvx2Kernels, kAvx512Kernels;
+extern const StepKernels kAvx2Step, kAvx512Step;
 #endif
 
 }  // namespace csq::cpu

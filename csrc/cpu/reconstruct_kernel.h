@@ -14,6 +14,7 @@ struct Uniform {
 template <class V>
 struct PerLane {
     const float* values;
+    bool zero() const { return false; }
     typename V::f at(int64_t i) const { return V::load(values + i); }
 };
 
@@ -79,9 +80,10 @@ struct Reconstruct {
     }
 
     // The last, incomplete vector of an array goes through memory of its own, padded with zeros.
-    static f load_part(const T* x, int64_t count) {
-        T padded[W] = {};
-        std::memcpy(padded, x, count * sizeof(T));
+    template <class X>
+    static f load_part(const X* x, int64_t count) {
+        X padded[W] = {};
+        std::memcpy(padded, x, count * sizeof(X));
         return V::load(padded);
     }
     static void store_part(T* x, f value, int64_t count) {
@@ -118,12 +120,14 @@ struct Reconstruct {
         if (i < n) store_part(weight + i, V::mul(step.at(i), V::load(total + i)), n - i);
     }
 
-    // Gradients (4) of one vector of plane k; returns D (P - N), the term of the sums (5) and (6).
-    template <class C>
+    // Gradients (4) of one vector of plane k, if they are wanted; returns D (P - N), the term of the sums (5) and (6).
+    template <bool Gradients, class C>
     static f plane_gradients(f p, f q, f grad, int64_t i, f minus_beta, C plane, C step, T* grad_p, T* grad_q) {
-        const f one = V::set1(1.0f);
         const f positive = sigmoid<V>(p, minus_beta);
         const f negative = sigmoid<V>(q, minus_beta);
+        const f term = V::mul(grad, V::sub(positive, negative));
+        if constexpr (!Gradients) return term;
+        const f one = V::set1(1.0f);
         const f c = plane.at(i);
         const f factor = V::mul(V::mul(V::mul(step.at(i), minus_beta), c), grad);
         // factor carries the sign of -beta: P (P - 1) turns it back, and N (1 - N) is what (4) asks for.
@@ -135,41 +139,44 @@ struct Reconstruct {
         }
         V::store(grad_p + i, slope_p);
         V::store(grad_q + i, slope_q);
-        return V::mul(grad, V::sub(positive, negative));
+        return term;
     }
 
     // Gradients of one plane over a tile into grad_p and grad_q, which have room for whole vectors; returns sum D (P -
     // N).
-    static double wide_plane(const T* p, const T* q, const T* grad, int64_t n, float beta, Uniform<V> plane,
+    template <bool Gradients, class G>
+    static double wide_plane(const T* p, const T* q, const G* grad, int64_t n, float beta, Uniform<V> plane,
                              Uniform<V> step, T* grad_p, T* grad_q) {
         const f minus_beta = V::set1(-beta);
         typename V::Doubles sum = V::no_doubles();
         int64_t i = 0;
         for (; i + W <= n; i += W) {
             prefetch(p + i, q + i);
-            V::add_to(sum, plane_gradients(V::load(p + i), V::load(q + i), V::load(grad + i), i, minus_beta, plane,
-                                           step, grad_p, grad_q));
+            V::add_to(sum, plane_gradients<Gradients>(V::load(p + i), V::load(q + i), V::load(grad + i), i, minus_beta,
+                                                      plane, step, grad_p, grad_q));
         }
         if (i < n) {
-            V::add_to(sum, plane_gradients(load_part(p + i, n - i), load_part(q + i, n - i), load_part(grad + i, n - i),
-                                           i, minus_beta, plane, step, grad_p, grad_q));
+            V::add_to(sum, plane_gradients<Gradients>(load_part(p + i, n - i), load_part(q + i, n - i),
+                                                      load_part(grad + i, n - i), i, minus_beta, plane, step, grad_p,
+                                                      grad_q));
         }
         return V::total(sum);
     }
 
     // The same with coefficients per lane; the terms D (P - N) go to `terms`, to be summed by channel.
-    static void narrow_plane(const T* p, const T* q, const T* grad, int64_t n, float beta, PerLane<V> plane,
+    template <bool Gradients, class G>
+    static void narrow_plane(const T* p, const T* q, const G* grad, int64_t n, float beta, PerLane<V> plane,
                              PerLane<V> step, T* grad_p, T* grad_q, float* terms) {
         const f minus_beta = V::set1(-beta);
         int64_t i = 0;
         for (; i + W <= n; i += W) {
-            V::store(terms + i, plane_gradients(V::load(p + i), V::load(q + i), V::load(grad + i), i, minus_beta, plane,
-                                                step, grad_p, grad_q));
+            V::store(terms + i, plane_gradients<Gradients>(V::load(p + i), V::load(q + i), V::load(grad + i), i,
+                                                           minus_beta, plane, step, grad_p, grad_q));
         }
         if (i < n) {
-            V::store(terms + i,
-                     plane_gradients(load_part(p + i, n - i), load_part(q + i, n - i), load_part(grad + i, n - i), i,
-                                     minus_beta, plane, step, grad_p, grad_q));
+            V::store(terms + i, plane_gradients<Gradients>(load_part(p + i, n - i), load_part(q + i, n - i),
+                                                           load_part(grad + i, n - i), i, minus_beta, plane, step,
+                                                           grad_p, grad_q));
         }
     }
 
@@ -191,23 +198,23 @@ struct Reconstruct {
 
     // Position of a unit in the weight and in the partial sums.
     struct WideUnit {
-        int64_t channel, start, count, partial;
+        int64_t channel, start, count, slot, partial;
     };
     static WideUnit wide_unit(const ReconstructParams& a, const Tiling& t, int64_t unit) {
         const int64_t row = unit / t.chunks, chunk = unit % t.chunks;
         const int64_t o = row / a.channels, channel = row % a.channels;
         const int64_t slot = o * t.chunks + chunk;
-        return {channel, row * a.inner + chunk * kTile, std::min(kTile, a.inner - chunk * kTile),
+        return {channel, row * a.inner + chunk * kTile, std::min(kTile, a.inner - chunk * kTile), slot,
                 (slot * a.channels + channel) * a.planes};
     }
     struct NarrowUnit {
-        int64_t channel, channel_count, outer, outer_count, partial;
+        int64_t channel, channel_count, outer, outer_count, slot, partial;
     };
     static NarrowUnit narrow_unit(const ReconstructParams& a, const Tiling& t, int64_t unit) {
         const int64_t slot = unit / t.channel_groups, group = unit % t.channel_groups;
         const int64_t channel = group * t.channel_count, o = slot * t.outer_count;
         return {channel, std::min(t.channel_count, a.channels - channel), o, std::min(t.outer_count, a.outer - o),
-                (slot * a.channels + channel) * a.planes};
+                slot,    (slot * a.channels + channel) * a.planes};
     }
 
     // Wide units that follow each other mostly share their coefficients, and a gate costs an exponential in double.
@@ -282,11 +289,20 @@ struct Reconstruct {
 
     static void backward(const ReconstructParams& a, const ReconstructGradients& g, double* partial, bool stream,
                          int64_t begin, int64_t end) {
+        if (g.grad_bit_logits != nullptr) return backward_units<true, T>(a, g, partial, stream, begin, end);
+        if (g.grad_weight_dtype == a.dtype) return backward_units<false, T>(a, g, partial, false, begin, end);
+        backward_units<false, float>(a, g, partial, false, begin, end);
+    }
+
+private:
+    template <bool Gradients, class G>
+    static void backward_units(const ReconstructParams& a, const ReconstructGradients& g, double* partial, bool stream,
+                               int64_t begin, int64_t end) {
         const Tiling t = tiling(a.outer, a.channels, a.inner);
         const int64_t size = a.outer * a.channels * a.inner;
         const T* positive = static_cast<const T*>(a.bit_logits);
         const T* negative = positive + a.planes * size;
-        const T* grad = static_cast<const T*>(g.grad_weight);
+        const G* grad = static_cast<const G*>(g.grad_weight);
         T* grad_positive = static_cast<T*>(g.grad_bit_logits);
         T* grad_negative = grad_positive + a.planes * size;
         const float beta = *a.temperature;
@@ -306,17 +322,18 @@ struct Reconstruct {
                     for (int k = 0; k < a.planes; ++k) {
                         const int64_t at = k * size + start;
                         if (c.any[k]) {
-                            narrow_plane(positive + at, negative + at, grad + start, n, beta, PerLane<V>{c.plane[k]},
-                                         PerLane<V>{c.step}, tile_p, tile_q, terms);
+                            narrow_plane<Gradients>(positive + at, negative + at, grad + start, n, beta,
+                                                    PerLane<V>{c.plane[k]}, PerLane<V>{c.step}, tile_p, tile_q, terms);
                             for (int64_t j = 0; j < u.channel_count; ++j) {
                                 double sum = 0.0;
                                 for (int64_t i = j * a.inner; i < (j + 1) * a.inner; ++i) sum += terms[i];
                                 sums[j * a.planes + k] += sum;
                             }
-                        } else {
+                        } else if constexpr (Gradients) {
                             std::memset(tile_p, 0, n * sizeof(T));
                             std::memset(tile_q, 0, n * sizeof(T));
                         }
+                        if constexpr (!Gradients) continue;
                         emit(grad_positive + at, tile_p, n, stream);
                         emit(grad_negative + at, tile_q, n, stream);
                     }
@@ -333,14 +350,15 @@ struct Reconstruct {
                     const int64_t at = k * size + u.start;
                     const Uniform<V> plane{c.plane[k]};
                     double sum = 0.0;
-                    if (plane.zero()) {
+                    if (!plane.zero()) {
+                        sum = wide_plane<Gradients>(positive + at, negative + at, grad + u.start, u.count, beta, plane,
+                                                    Uniform<V>{c.step}, tile_p, tile_q);
+                    } else if constexpr (Gradients) {
                         std::memset(tile_p, 0, u.count * sizeof(T));
                         std::memset(tile_q, 0, u.count * sizeof(T));
-                    } else {
-                        sum = wide_plane(positive + at, negative + at, grad + u.start, u.count, beta, plane,
-                                         Uniform<V>{c.step}, tile_p, tile_q);
                     }
                     partial[u.partial + k] = sum;
+                    if constexpr (!Gradients) continue;
                     emit(grad_positive + at, tile_p, u.count, stream);
                     emit(grad_negative + at, tile_q, u.count, stream);
                 }

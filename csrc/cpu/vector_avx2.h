@@ -1,22 +1,14 @@
-// The kernels for x86 processors with AVX2, FMA and F16C.
+// A vector of 8 floats, for code inside a region of target avx2, fma and f16c.
+#pragma once
+
 #include "cpu/kernels.h"
-
-#if CSQ_X86
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
-#include "cpu/reconstruct_kernel.h"
 
 namespace csq::cpu {
 namespace {
 
 struct Avx2 {
     using f = __m256;
+    using u = __m256i;
     struct Doubles {
         __m256d low, high;
     };
@@ -55,6 +47,48 @@ struct Avx2 {
         return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ), y);
     }
 
+    static f min(f a, f b) { return _mm256_min_ps(a, b); }
+    static f sqrt(f x) { return _mm256_sqrt_ps(x); }
+    static float largest(f x) {
+        float lanes[8];
+        _mm256_storeu_ps(lanes, x);
+        return *std::max_element(lanes, lanes + 8);
+    }
+
+    static u bits(f x) { return _mm256_castps_si256(x); }
+    static f from_bits(u x) { return _mm256_castsi256_ps(x); }
+    static f from_integer(u x) { return _mm256_cvtepi32_ps(x); }
+    static u truncate(f x) { return _mm256_cvttps_epi32(x); }
+    static u splat(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+    static u count_from(uint32_t x) { return _mm256_add_epi32(splat(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+    static u add(u a, u b) { return _mm256_add_epi32(a, b); }
+    static u mul(u a, u b) { return _mm256_mullo_epi32(a, b); }
+    static u exclusive_or(u a, u b) { return _mm256_xor_si256(a, b); }
+    static u both(u a, u b) { return _mm256_and_si256(a, b); }
+    static u either(u a, u b) { return _mm256_or_si256(a, b); }
+    static u at_least(u a, u b) { return _mm256_max_epi32(a, b); }
+    template <int n>
+    static u right(u x) {
+        return _mm256_srli_epi32(x, n);
+    }
+    template <int n>
+    static u left(u x) {
+        return _mm256_slli_epi32(x, n);
+    }
+    // Where x < limit as signed integers, `yes`; elsewhere `no`.
+    static u where_less(u x, u limit, u yes, u no) { return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(limit, x)); }
+    static u load_bytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static void store_bytes(uint8_t* p, u x) {
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+    }
+    static void store_words(uint16_t* p, u x) {
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+    }
+
     static Doubles no_doubles() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
     static void add_to(Doubles& sum, f x) {
         sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
@@ -75,15 +109,4 @@ struct Avx2 {
 };
 
 }  // namespace
-
-const ReconstructKernels kAvx2Kernels = kKernels<Avx2>;
-
 }  // namespace csq::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif

@@ -1,23 +1,14 @@
-// The kernels for x86 processors with AVX-512 F, BW, DQ and VL.
+// A vector of 16 floats, for code inside a region of target avx512f, avx512bw, avx512dq, avx512vl, fma and f16c.
+#pragma once
+
 #include "cpu/kernels.h"
-
-#if CSQ_X86
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-
-#include "cpu/reconstruct_kernel.h"
 
 namespace csq::cpu {
 namespace {
 
 struct Avx512 {
     using f = __m512;
+    using u = __m512i;
     struct Doubles {
         __m512d low, high;
     };
@@ -57,6 +48,46 @@ struct Avx512 {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), y);
     }
 
+    static f min(f a, f b) { return _mm512_min_ps(a, b); }
+    static f sqrt(f x) { return _mm512_sqrt_ps(x); }
+    static float largest(f x) { return _mm512_reduce_max_ps(x); }
+
+    static u bits(f x) { return _mm512_castps_si512(x); }
+    static f from_bits(u x) { return _mm512_castsi512_ps(x); }
+    static f from_integer(u x) { return _mm512_cvtepi32_ps(x); }
+    static u truncate(f x) { return _mm512_cvttps_epi32(x); }
+    static u splat(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+    static u count_from(uint32_t x) {
+        return _mm512_add_epi32(splat(x), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    }
+    static u add(u a, u b) { return _mm512_add_epi32(a, b); }
+    static u mul(u a, u b) { return _mm512_mullo_epi32(a, b); }
+    static u exclusive_or(u a, u b) { return _mm512_xor_si512(a, b); }
+    static u both(u a, u b) { return _mm512_and_si512(a, b); }
+    static u either(u a, u b) { return _mm512_or_si512(a, b); }
+    static u at_least(u a, u b) { return _mm512_max_epi32(a, b); }
+    template <int n>
+    static u right(u x) {
+        return _mm512_srli_epi32(x, n);
+    }
+    template <int n>
+    static u left(u x) {
+        return _mm512_slli_epi32(x, n);
+    }
+    // Where x < limit as signed integers, `yes`; elsewhere `no`.
+    static u where_less(u x, u limit, u yes, u no) {
+        return _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(x, limit), yes);
+    }
+    static u load_bytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static void store_bytes(uint8_t* p, u x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+    }
+    static void store_words(uint16_t* p, u x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+    }
+
     static Doubles no_doubles() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
     static void add_to(Doubles& sum, f x) {
         sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
@@ -77,15 +108,4 @@ struct Avx512 {
 };
 
 }  // namespace
-
-const ReconstructKernels kAvx512Kernels = kKernels<Avx512>;
-
 }  // namespace csq::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif
