@@ -318,7 +318,7 @@ def _fill(model: nn.Module, contents: Contents, tensors: dict[str, Tensor], prec
         module = modules[name]
         if isinstance(module, (CSQLayer, PackedLayer)):
             device, quantizer = module.scale.device, module.input_quantizer
-            dtype = module.bit_logits.dtype if isinstance(module, CSQLayer) else module.dtype
+            dtype = module.dtype
             quantizer = quantizer if _quantizer(module) == layer.quantizer else None
             module.strip_()
         else:

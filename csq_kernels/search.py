@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 from csq_kernels.budget import Budget, Cost, active_sets, gate_scores, repair, stored_bits
 from csq_kernels.nn.encode import digit_amplitude
 from csq_kernels.nn.prepare import csq_layers, followers
+from csq_kernels.optim import SinglePassOptimizer
 from csq_kernels.report import Report, health, report
 
 SCHEDULES = ("exponential", "linear", "cosine")
@@ -34,7 +35,8 @@ class Search:
         budget: ``"3.0 bits"`` (stored), ``"3.0 paper bits"`` or ``"1.2 MB"``.
         total_steps: optimizer steps of both stages.
         optimizer: when given, pruned planes are freed at the end of the search and the optimizer forgets their state.
-            Leave it out under DDP, whose buckets cannot change; then pruned planes stay, unread.
+            Leave a torch optimizer out under DDP, whose buckets cannot change; then pruned planes stay, unread. One of
+            ``csq_kernels.optim`` advances the search within its own step, where the next weight is made.
         search_share: share of the steps spent searching.
         strength: lambda of (8).
         search_temperature: last temperature of the search stage.
@@ -98,6 +100,9 @@ class Search:
         # A tensor on the model's device: the controller never waits for the GPU.
         self.integral = torch.zeros((), device=self._device(), dtype=torch.float64)
         self.first_cost = float(self.cost.soft(sharpness=COUNT_SHARPNESS).detach())
+        self._advanced = False
+        if isinstance(optimizer, SinglePassOptimizer):
+            optimizer.before_weights = self._advance_early
 
     def _check_reachable(self) -> None:
         least = {name: frozenset(range(layer.min_bits)) for name, layer in self.layers.items()}
@@ -144,9 +149,26 @@ class Search:
         cost = self.cost.soft()
         return (self.strength * (distance + self.integral)).to(cost.dtype) * cost
 
-    @torch.no_grad()
+    def _advance_early(self) -> None:
+        """``step``, called by the single-pass optimizer once gates and scales have moved and before the logits do.
+
+        The end of the search is left to ``step``: it encodes the new logits.
+        """
+        if self.steps_done + 1 != self.search_steps:
+            self._advance()
+            self._advanced = True
+
     def step(self) -> None:
-        """Advance by one optimizer step: controller, end of the search, temperature."""
+        """Advance by one optimizer step: controller, end of the search, temperature.
+
+        Where a single-pass optimizer has done so in its step, nothing is left to do.
+        """
+        if not self._advanced:
+            self._advance()
+        self._advanced = False
+
+    @torch.no_grad()
+    def _advance(self) -> None:
         if self.stage == "search":
             distance = (self.cost.soft(sharpness=COUNT_SHARPNESS) - self.target()) / self.budget.value
             # The integral doubles a constant distance after a twentieth of the search.
@@ -189,9 +211,9 @@ class Search:
             for follower in self._followers[name]:
                 follower.follow_(layer)
             if self.optimizer is not None:
-                for parameter in (layer.bit_logits, layer.gate_logits):
-                    self.optimizer.state.pop(parameter, None)
-                    parameter.grad = None
+                for tensor in (layer.trained_tensors()["bit_logits"], layer.gate_logits):
+                    self.optimizer.state.pop(tensor, None)
+                    tensor.grad = None
 
     def layer_bits(self) -> dict[str, dict[str, int]]:
         """``{layer: {"paper": active bits, "stored": stored planes}}``, counted as if hard."""

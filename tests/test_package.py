@@ -23,12 +23,13 @@ PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"bitplanes", "_native", "files", "table"},
+    {"bitplanes", "_native", "files", "step", "table"},
     {"_ops"},
-    {"reference", "backends"},
+    {"reference", "reference_step", "backends"},
     {"functional"},
     {"nn"},
-    {"budget", "report", "search", "optim", "packed", "packed_header"},
+    {"budget", "optim", "report", "packed", "packed_header"},
+    {"search"},
     {"train", "commands", "cli", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -13,13 +13,15 @@ from csq_kernels import functional, reference
 from csq_kernels._ops import MAX_BITS
 from csq_kernels.nn.activation import ActivationQuantizer
 from csq_kernels.nn.encode import best_scale, encode, full_scale
+from csq_kernels.nn.in_place import replace_
+from csq_kernels.nn.leaf import PARAMETERS, LeafWeight, is_sharded
 
 GRANULARITIES = ("layer", "channel")
 # float: while the parent's constructor runs. search: soft gates. finetune: fixed gates, soft bits. hard: integer codes.
 STAGES = ("float", "search", "finetune", "hard")
 # beta * u of a gate at the start, at beta = 1: sig(1) = 0.73. Not 0: gates on the threshold all flip at the first step.
 INITIAL_GATE_LOGIT = 1.0
-PARAMETERS, BUFFERS = ("bit_logits", "gate_logits", "scale"), ("temperature", "codes")
+BUFFERS = ("temperature", "codes")
 _STATE_VERSION = 1
 
 
@@ -69,7 +71,7 @@ class Config:
 OPTIONS = tuple(f.name for f in fields(Config) if f.name != "rules")
 
 
-class CSQLayer(nn.Module):
+class CSQLayer(LeafWeight):
     """Mixin in front of an ``nn`` layer: its weight is equation (3) instead of a parameter.
 
     Parameters and buffers, with ``k`` stored planes (``n_bits`` during the search, fewer once the scheme is fixed):
@@ -80,6 +82,9 @@ class CSQLayer(nn.Module):
     - ``temperature`` ``()``, a buffer; ``codes``, the integers of equation (7), a buffer that exists once hard.
 
     ``bits`` names the exponent of each stored plane, and ``stage`` is one of ``search``, ``finetune``, ``hard``.
+
+    For the single-pass step of ``csq_kernels.optim``, ``weight`` becomes the only parameter and the others state beside
+    it: buffers of the same names, so that checkpoints fit both modes.
     """
 
     float_class: type[nn.Module]
@@ -143,11 +148,12 @@ class CSQLayer(nn.Module):
 
     def strip_(self) -> None:
         """Remove what this class added but for the input quantizer; the caller then gives it another class."""
+        self.make_weight_computed_()
         for name in PARAMETERS:
             del self._parameters[name]
         for name in BUFFERS:
             del self._buffers[name]
-        for name in ("bits", "stage", *OPTIONS):
+        for name in ("bits", "stage", "_made_of", *OPTIONS):
             self.__dict__.pop(name, None)
 
     @staticmethod
@@ -209,23 +215,32 @@ class CSQLayer(nn.Module):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         per_channel = self.scale_granularity == "channel"
         scale = choose_scale(wide, bits, gates, self.n_bits, self.channel_axis, per_channel)
-        logits = encode(wide, scale, bits, gates, temperature, self.n_bits, self.channel_axis)
+        own = (self.own_scale(scale), bits, self.own_gates(gates))
+        logits = encode(wide[self.own_rows()], *own, temperature, self.n_bits, self.channel_axis)
         return {"bit_logits": logits.to(weight.dtype), "scale": scale}
 
     @property
     def weight(self) -> Tensor:
-        """The weight of equation (3), or of (7) once hard: computed at each access, differentiable, not a parameter."""
+        """The weight of equation (3), or of (7) once hard: computed at each access, differentiable, not a parameter.
+
+        In the single-pass mode it is a parameter, computed again when a tensor that makes it was changed by hand.
+        """
+        leaf = self._parameters.get("weight")
+        if leaf is not None:
+            if not torch.compiler.is_compiling() and self.is_stale():
+                self.refresh_weight_()
+            return leaf
         if self.stage == "float":
-            weight = self._parameters.get("weight")
-            if weight is None:
-                raise AttributeError("weight")
-            return weight
+            raise AttributeError("weight")
         if self.codes is not None:
             return self.hard_weight()
+        return self._reconstruct(self.bit_logits, self.gate_logits, self.scale)
+
+    def _reconstruct(self, bit_logits: Tensor, gate_logits: Tensor, scale: Tensor) -> Tensor:
         return functional.reconstruct(
-            self.bit_logits,
-            self.gate_logits,
-            self.scale,
+            bit_logits,
+            gate_logits,
+            scale,
             self.temperature,
             bits=self.bits,
             n_bits=self.n_bits,
@@ -243,7 +258,7 @@ class CSQLayer(nn.Module):
         shape = self.bit_logits.shape[2:]
         if weight.shape != shape:
             raise ValueError(f"expected weight of shape {tuple(shape)}, got {tuple(weight.shape)}")
-        weight = weight.detach().to(self.bit_logits)
+        weight = weight.detach().to(self.bit_logits.device, self.dtype)
         self._restage("search", tuple(range(self.n_bits)))
         for name, values in self._encode(weight, self.temperature).items():
             getattr(self, name).copy_(values)
@@ -252,7 +267,8 @@ class CSQLayer(nn.Module):
         """Draw new weights as the float layer does, and encode them."""
         if self.stage == "float":
             return super().reset_parameters()
-        weight = torch.empty(self.bit_logits.shape[2:], dtype=self.bit_logits.dtype, device=self.bit_logits.device)
+        leaf = self._parameters.get("weight")
+        weight = torch.empty(self.bit_logits.shape[2:], dtype=self.dtype, device=self.bit_logits.device)
         self._parameters["weight"] = nn.Parameter(weight)
         stage, self.stage = self.stage, "float"
         try:
@@ -260,6 +276,8 @@ class CSQLayer(nn.Module):
         finally:
             self.stage = stage
             drawn = self._parameters.pop("weight")
+            if leaf is not None:
+                self._parameters["weight"] = leaf
         assert drawn is not None
         self.temperature.fill_(1.0)
         return self.set_weight_(drawn)
@@ -289,7 +307,7 @@ class CSQLayer(nn.Module):
     def hard_weight(self) -> Tensor:
         """The weight of equation (7), whatever the stage; differentiable in the scale."""
         weight = reference.hard_weight(self.integer_codes(), self.scale, self.n_bits, self.channel_axis)
-        return weight.to(self.bit_logits.dtype)
+        return weight.to(self.dtype)
 
     @torch.no_grad()
     def fix_scheme_(self, active: Collection[int], temperature: float = 1.0, *, drop_planes: bool = False) -> None:
@@ -312,7 +330,7 @@ class CSQLayer(nn.Module):
         bits = tuple(sorted(set(active)))
         if not set(bits) <= set(self.bits):
             raise ValueError(f"expected active bits among {self.bits}, got {bits}")
-        weight = self.weight.detach()
+        weight = self.whole_weight()
         stays = torch.tensor([bit in bits for bit in self.bits], dtype=torch.bool, device=weight.device)
         open_gates = stays
         if self.gate_logits.ndim == 2:
@@ -328,10 +346,12 @@ class CSQLayer(nn.Module):
             self._restage("finetune", bits)
             open_gates, stays = open_gates[stays], stays[stays]
         self.stage = "finetune"
-        self.bit_logits[:, stays] = encoded["bit_logits"]
+        self.own_bit_logits()[:, stays] = encoded["bit_logits"].to(self.bit_logits.dtype)
         self.gate_logits.copy_(torch.where(open_gates, INITIAL_GATE_LOGIT, -INITIAL_GATE_LOGIT))
         self.gate_logits.requires_grad_(False)
         self.gate_logits.grad = None
+        if self.weight_is_leaf:
+            self.refresh_weight_()
 
     @torch.no_grad()
     def close_gates_(self, active: Collection[int]) -> None:
@@ -349,6 +369,7 @@ class CSQLayer(nn.Module):
         """Enter the hard stage: integer codes and a scale remain; unused planes and all logits are freed."""
         if self.stage == "hard":
             return
+        self.make_weight_computed_()
         codes = self.integer_codes()
         active = []
         for plane, bit in enumerate(self.bits):
@@ -362,7 +383,14 @@ class CSQLayer(nn.Module):
     @torch.no_grad()
     def follow_(self, leader: "CSQLayer") -> None:
         """Take over stage, planes, temperature and codes from the layer whose parameters this one shares."""
-        self._restage(leader.stage, leader.bits)
+        if self.weight_is_leaf and not leader.weight_is_leaf:
+            del self._parameters["weight"]
+            self._make_parameters()
+        if is_sharded(leader.bit_logits):
+            self._buffers["bit_logits"] = leader.bit_logits
+            self.stage, self.bits = leader.stage, leader.bits
+        else:
+            self._restage(leader.stage, leader.bits)
         self.temperature.copy_(leader.temperature)
         if leader.stage == "hard":
             self.codes = leader.codes
@@ -379,7 +407,10 @@ class CSQLayer(nn.Module):
         shapes = {"bit_logits": (2, planes, *weight_shape), "gate_logits": self._gate_shape(planes, channels)}
         for name, shape in shapes.items():
             parameter = getattr(self, name)
-            if parameter.shape != shape:
+            if is_sharded(parameter):
+                own = self.own_bit_logits()
+                self._set_bit_logits(own.new_empty((2, planes, *own.shape[2:])))
+            elif parameter.shape != shape:
                 # The Parameter object stays, so that references to it (tied layers, param groups) stay true. Autograd
                 # remembers the old shape while a graph of an earlier step lives, unless the dtype changes in between.
                 parameter.grad = None
@@ -392,6 +423,24 @@ class CSQLayer(nn.Module):
         if stage == "hard":
             self.codes = torch.empty(weight_shape, dtype=self._code_dtype(), device=self.bit_logits.device)
         self.stage, self.bits = stage, bits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        """Move the state of the single-pass mode as PyTorch moves parameters: the objects stay, and stay leaves."""
+        own = {id(self._buffers[name]) for name in PARAMETERS if self._buffers.get(name) is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own:
+                return fn(tensor)
+            with torch.no_grad():
+                return replace_(tensor, fn(tensor))
+
+        return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_is_leaf:
+            # It follows from the rest, and a checkpoint fits both modes.
+            del destination[prefix + "weight"]
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([_STATE_VERSION, STAGES.index(self.stage), self.n_bits, *self.bits])
@@ -421,7 +470,8 @@ class CSQLayer(nn.Module):
                 error_msgs.append(f"expected {prefix}weight of shape {tuple(shape)}, got {tuple(weight.shape)}")
                 return
             self._restage("search", tuple(range(self.n_bits)))
-            for name, values in self._encode(weight.detach().to(self.bit_logits), self.temperature).items():
+            encoded = self._encode(weight.detach().to(self.bit_logits.device, self.dtype), self.temperature)
+            for name, values in encoded.items():
                 state_dict[prefix + name] = values
             state_dict[prefix + "temperature"] = self.temperature.clone()
             state_dict[prefix + "_extra_state"] = self.get_extra_state()
@@ -431,11 +481,17 @@ class CSQLayer(nn.Module):
             except ValueError as error:
                 error_msgs.append(f"{prefix}_extra_state: {error}")
                 return
+            if stage == "hard":
+                self.make_weight_computed_()
             if (stage, bits) != (self.stage, self.bits):
                 self._restage(stage, bits)
+        leaf = self._parameters.pop("weight", None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if leaf is not None:
+            self._parameters["weight"] = leaf
+            self.refresh_weight_()
 
     def extra_repr(self) -> str:
         bits = ",".join(map(str, self.bits)) or "none"

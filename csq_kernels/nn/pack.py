@@ -188,7 +188,7 @@ def pack_(model: nn.Module, precision: str = "exact") -> PackedSummary:
     packed: dict[int, list[PackedLayer]] = {}
     for layer in layers.values():
         key, codes, scale = id(layer.bit_logits), layer.integer_codes(), layer.scale.detach()
-        n_bits, active, dtype = layer.n_bits, layer.active_bits(), layer.bit_logits.dtype
+        n_bits, active, dtype = layer.n_bits, layer.active_bits(), layer.dtype
         layer.strip_()
         module: nn.Module = layer
         module.__class__ = PACKED_CLASSES[layer.float_class]

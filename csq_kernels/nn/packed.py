@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from csq_kernels import bitplanes, functional
 from csq_kernels._ops import MAX_BITS
+from csq_kernels.nn.in_place import replace_
 from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.reference import along_channel, always_exact
 
@@ -250,7 +251,7 @@ class PackedLayer(nn.Module):
             if id(tensor) not in own:
                 return moved
             moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-            return _in_place(tensor, moved)
+            return replace_(tensor, moved)
 
         super()._apply(move, recurse)
         if moves:
@@ -260,7 +261,7 @@ class PackedLayer(nn.Module):
     def _set(self, name: str, values: Tensor) -> None:
         held = self._buffers[name]
         assert held is not None
-        self._buffers[name] = _in_place(held, values)
+        self._buffers[name] = replace_(held, values)
 
     def get_extra_state(self) -> Tensor:
         active = sum(1 << bit for bit in self.active)
@@ -317,14 +318,6 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         bits = f"paper_bits={self.paper_bits}, stored_bits={self.stored_bits}"
         return f"{super().extra_repr()}, {bits}, precision={self.precision!r}"
-
-
-def _in_place(held: Tensor, values: Tensor) -> Tensor:
-    """The tensor ``held`` with other data if PyTorch can do that, else ``values``."""
-    if held is values or not torch._has_compatible_shallow_copy_type(held, values):
-        return values
-    held.data = values
-    return held
 
 
 def check_scale(scale: Tensor, channels: int) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from csq_kernels.nn.layer import OPTIONS, Config, CSQLayer
 from csq_kernels.nn.layers import CSQ_CLASSES
@@ -85,6 +85,16 @@ def _check_ties(model: nn.Module, chosen: list[tuple[str, nn.Module, Config]]) -
                 )
 
 
+def _check_unwrapped(model: nn.Module) -> None:
+    """A wrapper has noted the parameters that it found, and would go on synchronizing those."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+                raise ValueError(
+                    f"expected a model to prepare before it is wrapped, got {kind.__name__} at {name or 'its root'}"
+                )
+
+
 def prepare_(
     model: nn.Module, config: Config | None = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> Plan:
@@ -112,6 +122,7 @@ def prepare_(
         (['0'], {'2': "rule '2'"})
     """
     config = Config() if config is None else config
+    _check_unwrapped(model)
     _check_rules(model, config)
     chosen: list[tuple[str, nn.Module, Config]] = []
     plan = Plan()
@@ -199,18 +210,16 @@ def param_groups(
         >>> [group["name"] for group in optimizer.param_groups]
         ['no_decay', 'bit_logits', 'gate_logits', 'scale']
     """
-    csq_names = {
-        id(parameter): name
-        for module in model.modules()
-        if isinstance(module, CSQLayer)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in ("bit_logits", "gate_logits", "scale")
-    }
     rates = {"decay": lr, "no_decay": lr, "bit_logits": logit_lr, "gate_logits": gate_lr, "scale": scale_lr}
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    groups: dict[str, list[Tensor]] = {name: [] for name in rates}
+    trained: set[int] = set()
+    for layer in csq_layers(model).values():
+        for name, tensor in layer.trained_tensors().items():
+            groups[name].append(tensor)
+            trained.add(id(tensor))
     for parameter in model.parameters():
-        name = csq_names.get(id(parameter)) or ("decay" if parameter.ndim > 1 else "no_decay")
-        groups[name].append(parameter)
+        if id(parameter) not in trained:
+            groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
     return [
         {
             "name": name,

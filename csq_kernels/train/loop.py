@@ -79,19 +79,21 @@ def _generator(seed: int, *path: int) -> torch.Generator:
 def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.optim.Optimizer:
     options = recipe.optimizer
     lr = options.csq_lr if quantized and options.csq_lr is not None else options.lr
-    groups = csq.param_groups(
-        model,
-        lr,
-        options.weight_decay,
-        logit_lr=options.logit_lr,
-        gate_lr=options.gate_lr,
-        scale_lr=options.scale_lr,
-    )
-    for group in groups:
+    rates = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
+    rule: dict[str, Any] = {"lr": lr}
+    if options.name == "sgd":
+        rule |= {"momentum": options.momentum, "nesterov": options.momentum > 0}
+    optimizer: torch.optim.Optimizer
+    if quantized and options.step != "separate":
+        single_pass = csq.optim.AdamW if options.name == "adamw" else csq.optim.SGD
+        state = {"narrow": options.step == "narrow", "seed": recipe.seed}
+        optimizer = single_pass(model, weight_decay=options.weight_decay, **rule, **rates, **state)
+    else:
+        stock = torch.optim.AdamW if options.name == "adamw" else torch.optim.SGD
+        optimizer = stock(csq.param_groups(model, lr, options.weight_decay, **rates), **rule)
+    for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr)
-    return torch.optim.SGD(groups, lr, momentum=options.momentum, nesterov=options.momentum > 0)
+    return optimizer
 
 
 @torch.no_grad()

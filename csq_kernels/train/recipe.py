@@ -80,6 +80,10 @@ class Optimizer(_Section):
     weight_decay: float = Field(
         default=0.0, ge=0, description="of float weights; logits, gates and scales are never decayed"
     )
+    step: Literal["single-pass", "narrow", "separate"] = Field(
+        default="single-pass",
+        description="single-pass: of csq_kernels.optim; narrow: with narrow state; separate: of torch.optim",
+    )
 
 
 class Schedule(_Section):
