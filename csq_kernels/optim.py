@@ -122,7 +122,9 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         if not wrapped:
             single_pass_(model)
         elif any(layer.stage != "hard" and not layer.weight_is_leaf for layer in csq_layers(model).values()):
-            raise ValueError("expected a model that single_pass_ was called on before DistributedDataParallel, got another")
+            raise ValueError(
+                "expected a model that single_pass_ was called on before DistributedDataParallel, got another"
+            )
         self._layers: dict[Tensor, CSQLayer] = {}
         for name, layer in csq_layers(model).items():
             if not layer.weight_is_leaf:
@@ -270,7 +272,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
                 # Autograd should know, as of any change in place.
                 torch.autograd.graph.increment_version((local(weight), layer.own_bit_logits()))
                 layer.mark_fresh_()
-            elif is_sharded(layer.bit_logits) or layer.is_stale():
+            elif layer.is_stale():
                 layer.refresh_weight_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

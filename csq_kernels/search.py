@@ -165,6 +165,9 @@ class Search:
         """
         if not self._advanced:
             self._advance()
+            for layer in self.layers.values():
+                if layer.is_stale():
+                    layer.refresh_weight_()
         self._advanced = False
 
     @torch.no_grad()

@@ -85,7 +85,8 @@ def best_scale(
         step = along_channel(scale / (2.0**n_bits - 1), weight.ndim, channel_axis)
         squares = (_rounding_error(weight / step, basis) * step).square()
         error = squares.sum(axes) if axes else squares
-        better = error < best_error
+        # By more than rounding: what does not depend on the scale must not choose it.
+        better = error < (1 - 1e-5) * best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 

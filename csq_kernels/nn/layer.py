@@ -227,7 +227,7 @@ class CSQLayer(LeafWeight):
         """
         leaf = self._parameters.get("weight")
         if leaf is not None:
-            if not torch.compiler.is_compiling() and self.is_stale():
+            if not torch.compiler.is_compiling() and self.is_stale() and not self.is_gathered():
                 self.refresh_weight_()
             return leaf
         if self.stage == "float":

@@ -96,7 +96,9 @@ class LeafWeight(nn.Module):
         if not self.weight_is_leaf:
             return
         if is_sharded(self.leaf):
-            raise RuntimeError("expected a layer in one piece, got a sharded one: load its state into an unwrapped model")
+            raise RuntimeError(
+                "expected a layer in one piece, got a sharded one: load its state into an unwrapped model"
+            )
         self._check_weight()
         leaf = self.leaf
         if self.bit_logits.dtype != leaf.dtype:
@@ -204,13 +206,13 @@ class LeafWeight(nn.Module):
         self._made_of = self._versions()
 
     def is_stale(self) -> bool:
-        """Whether a tensor that makes the leaf was changed since; a sharded one cannot be made during a forward pass,
-        and whoever changes it calls ``refresh_weight_``.
-        """
+        """Whether a tensor that makes the leaf was changed since it was made."""
         return self.weight_is_leaf and self._made_of is not None and self._made_of != self._versions()
 
+    def is_gathered(self) -> bool:
+        """Whether ``fully_shard`` has put the whole weight in place of its shard, for a pass of its own."""
+        return is_sharded(self.bit_logits) and not is_sharded(self.leaf)
+
     def _versions(self) -> tuple[int, ...] | None:
-        made_of = (self.bit_logits, self.gate_logits, self.scale, self.temperature)
-        if any(tensor.is_inference() for tensor in made_of) or is_sharded(self.bit_logits):
-            return None
-        return tuple(tensor._version for tensor in made_of)
+        made_of = (local(self.bit_logits.detach()), self.gate_logits, self.scale, self.temperature)
+        return None if any(tensor.is_inference() for tensor in made_of) else tuple(t._version for t in made_of)
