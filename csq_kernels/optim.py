@@ -118,8 +118,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         seed: int,
     ):
         self._stock = stock([torch.zeros(())], **defaults)
-        wrapped = isinstance(model, DistributedDataParallel)
-        if not wrapped:
+        if not isinstance(model, DistributedDataParallel):
             single_pass_(model)
         elif any(layer.stage != "hard" and not layer.weight_is_leaf for layer in csq_layers(model).values()):
             raise ValueError(
@@ -145,7 +144,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         self._narrow, self._seed = narrow, seed
         # Called in every step between that of gates and scales and that of the logits.
         self.before_weights: Callable[[], None] | None = None
-        if wrapped:
+        if isinstance(model, DistributedDataParallel):
             _send_state(model)
         lr, weight_decay = defaults["lr"], defaults["weight_decay"]
         super().__init__(param_groups(model, lr, weight_decay, **rates), self._stock.defaults)
@@ -154,7 +153,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter, gate, scale and logit whose gradient is there; the others keep their state."""
         loss = None
         if closure is not None:

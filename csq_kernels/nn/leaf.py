@@ -146,8 +146,7 @@ class LeafWeight(nn.Module):
         placements = [Shard(2) if placement.is_shard() else placement for placement in leaf.placements]
         shape = torch.Size((*own.shape[:2], *leaf.shape))
         stride = torch.empty(shape, device="meta").stride()
-        options = {"run_check": False, "shape": shape, "stride": stride}
-        whole = DTensor.from_local(own, leaf.device_mesh, placements, **options)
+        whole = DTensor.from_local(own, leaf.device_mesh, placements, run_check=False, shape=shape, stride=stride)
         self._buffers["bit_logits"] = nn.Parameter(whole, requires_grad=False)
 
     def own_rows(self) -> slice:
@@ -176,7 +175,8 @@ class LeafWeight(nn.Module):
     @torch.no_grad()
     def whole_weight(self) -> Tensor:
         """The present weight; gathered if it is sharded."""
-        weight: Any = self.weight.detach()
+        layer: Any = self
+        weight = layer.weight.detach()
         return weight.full_tensor() if is_sharded(weight) else weight
 
     def _computed_weight(self) -> Tensor:

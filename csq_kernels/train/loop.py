@@ -79,14 +79,14 @@ def _generator(seed: int, *path: int) -> torch.Generator:
 def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.optim.Optimizer:
     options = recipe.optimizer
     lr = options.csq_lr if quantized and options.csq_lr is not None else options.lr
-    rates = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
+    rates: dict[str, Any] = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
     rule: dict[str, Any] = {"lr": lr}
     if options.name == "sgd":
         rule |= {"momentum": options.momentum, "nesterov": options.momentum > 0}
     optimizer: torch.optim.Optimizer
     if quantized and options.step != "separate":
         single_pass = csq.optim.AdamW if options.name == "adamw" else csq.optim.SGD
-        state = {"narrow": options.step == "narrow", "seed": recipe.seed}
+        state: dict[str, Any] = {"narrow": options.step == "narrow", "seed": recipe.seed}
         optimizer = single_pass(model, weight_decay=options.weight_decay, **rule, **rates, **state)
     else:
         stock = torch.optim.AdamW if options.name == "adamw" else torch.optim.SGD
