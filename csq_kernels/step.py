@@ -140,3 +140,10 @@ def check_step(layer: StepLayer) -> None:
         expect_shape("momenta", momentum, layer.bit_logits.shape)
     for scales in layer.momentum_scales:
         expect_shape("momentum_scales", scales, momentum_scale_shape(layer.bit_logits))
+    state = {"bit_logits": [layer.bit_logits], "momenta": layer.momenta, "momentum_scales": layer.momentum_scales}
+    for name, tensors in (state | {"grad_weight": [layer.grad_weight]}).items():
+        for tensor in tensors:
+            if tensor.device != layer.weight.device:
+                raise ValueError(f"expected {name} on {layer.weight.device} like the weight, got {tensor.device}")
+            if name in state and not tensor.is_contiguous():
+                raise ValueError(f"expected {name} contiguous, got strides {tensor.stride()}")

@@ -425,14 +425,17 @@ class CSQLayer(LeafWeight):
         self.stage, self.bits = stage, bits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Move the state of the single-pass mode as PyTorch moves parameters: the objects stay, and stay leaves."""
+        """Move the state of the single-pass mode as PyTorch moves parameters: the objects stay, and stay leaves.
+
+        Planes stay in order, whatever the memory format of images.
+        """
         own = {id(self._buffers[name]) for name in PARAMETERS if self._buffers.get(name) is not None}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) not in own:
                 return fn(tensor)
             with torch.no_grad():
-                return replace_(tensor, fn(tensor))
+                return replace_(tensor, fn(tensor).contiguous())
 
         return super()._apply(move, recurse)
 

@@ -209,6 +209,15 @@ class LeafWeight(nn.Module):
         """Whether a tensor that makes the leaf was changed since it was made."""
         return self.weight_is_leaf and self._made_of is not None and self._made_of != self._versions()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy counts versions of its own: it is told whether its leaf is fresh."""
+        return self.__dict__ | {"_made_of": None if self._made_of is None else not self.is_stale()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._made_of is not None:
+            self._made_of = self._versions() if self._made_of else ()
+
     def is_gathered(self) -> bool:
         """Whether ``fully_shard`` has put the whole weight in place of its shard, for a pass of its own."""
         return is_sharded(self.bit_logits) and not is_sharded(self.leaf)
