@@ -180,13 +180,37 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         self._finish({weight for weight, _ in steps})
         return loss
 
-    def _begin(self, weight: Tensor, group: dict[str, Any], index: int) -> StepLayer:
-        layer = self._layers[weight]
+    @torch.no_grad()
+    def init_state_(self) -> None:
+        """Make, of zeros, all state that steps make: what ``torch.distributed.checkpoint`` loads into."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor in self._layers:
+                    self._init_state(tensor, group)
+        tensors = [t for group in self.param_groups for t in group["params"] if t not in self._layers]
+        grads = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = 0.0
+        self._step_stock()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = grad
+
+    def _init_state(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
         if not state:
             state["step"] = 0
             for name in self._momenta if self._needs_momenta(group) else ():
-                self._init_momentum(state, name, layer.bit_logits)
+                self._init_momentum(state, name, self._layers[weight].bit_logits)
+
+    def _begin(self, weight: Tensor, group: dict[str, Any], index: int) -> StepLayer:
+        layer = self._layers[weight]
+        self._init_state(weight, group)
+        state = self.state[weight]
         state["step"] += 1
         gates, scale = layer.own_gates(layer.gate_logits.detach()), layer.own_scale(layer.scale.detach())
         after = Vectors(gates, scale, layer.temperature)
