@@ -61,6 +61,8 @@ def single_pass_(model: nn.Module) -> None:
     if not layers:
         raise ValueError("expected model with a CSQ layer that is not hard, got none: prepare_ makes them")
     for name, layer in layers.items():
+        if is_sharded(layer.bit_logits) and not layer.weight_is_leaf:
+            raise ValueError(f"expected single_pass_ before fully_shard, got {name} with sharded bit_logits")
         if layer.bit_logits.dtype not in LOGIT_DTYPES:
             raise TypeError(f"expected {name}.bit_logits of float32, bfloat16 or float64, got {layer.bit_logits.dtype}")
     _check_unowned({name: layer for name, layer in layers.items() if not layer.weight_is_leaf})

@@ -421,9 +421,11 @@ def train(
     torch.manual_seed(recipe.seed)
     shape = (dataset.channels, dataset.image_size, dataset.classes)
     try:
-        model = models.build(recipe.model.name, *shape, **recipe.model.options).to(torch_device)
+        model = models.build(recipe.model.name, *shape, **recipe.model.options)
     except ValueError as error:
         raise TrainingError(str(error)) from None
+    # Convolutions of images are a quarter to a third faster with the channels last.
+    model.to(torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     clock = _Clock(0.0 if state is None else state["seconds"], max_minutes)
     run = _Run(recipe, out, dataset, model, torch_device, display, clock, {} if state is None else state["results"])
     _check_quantization(run)
