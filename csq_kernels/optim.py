@@ -300,6 +300,12 @@ class SinglePassOptimizer(torch.optim.Optimizer):
             elif layer.is_stale():
                 layer.refresh_weight_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"expected no copy of {type(self).__name__}, whose layers it would lose: build one for the copied model and load "
+            "this one's state_dict()"
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``; the model's state is loaded before."""
         super().load_state_dict(state_dict)

@@ -126,20 +126,31 @@ def expect_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"expected {name} of shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def expect_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    """Raise ``TypeError`` unless the tensor has this dtype."""
+    if tensor.dtype != expected:
+        raise TypeError(f"expected {name} of dtype {expected}, got {tensor.dtype}")
+
+
 def check_step(layer: StepLayer) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless the tensors of a layer belong together."""
-    if layer.bit_logits.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"expected bit_logits of dtype float32, bfloat16 or float64, got {layer.bit_logits.dtype}")
+    for name, tensor in (("bit_logits", layer.bit_logits), ("weight", layer.weight)):
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"expected {name} of dtype float32, bfloat16 or float64, got {tensor.dtype}")
     expect_shape("bit_logits", layer.bit_logits, (2, len(layer.bits), *layer.weight.shape))
     expect_shape("grad_weight", layer.grad_weight, layer.weight.shape)
     for name, after, before in zip(Vectors._fields, layer.after, layer.before, strict=True):
         expect_shape(f"{name} before the step", before, after.shape)
     if len(layer.momenta) != layer.rule.momenta:
         raise ValueError(f"expected {layer.rule.momenta} momenta, got {len(layer.momenta)}")
+    expect_dtype("grad_weight", layer.grad_weight, layer.weight.dtype)
+    wide = torch.promote_types(layer.bit_logits.dtype, torch.float32)
     for momentum in layer.momenta:
         expect_shape("momenta", momentum, layer.bit_logits.shape)
+        expect_dtype("momenta", momentum, NARROW if layer.momentum_scales else wide)
     for scales in layer.momentum_scales:
         expect_shape("momentum_scales", scales, momentum_scale_shape(layer.bit_logits))
+        expect_dtype("momentum_scales", scales, torch.float32)
     state = {"bit_logits": [layer.bit_logits], "momenta": layer.momenta, "momentum_scales": layer.momentum_scales}
     for name, tensors in (state | {"grad_weight": [layer.grad_weight]}).items():
         for tensor in tensors:

@@ -386,6 +386,8 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="expected 0 in one optimizer, got it in another SGD already"):
         csq.optim.AdamW(model)
     train(model, optimizer, None, 0, 1)
+    with pytest.raises(TypeError, match="expected no copy of SGD"):
+        copy.deepcopy(optimizer)
     model[4].fix_scheme_((3, 4), drop_planes=True)
     with pytest.raises(ValueError, match=r"expected momenta of shape \(2, 2, 16, 128\), got \(2, 6, 16, 128\)"):
         train(model, optimizer, None, 1, 2)
