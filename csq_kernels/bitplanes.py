@@ -27,6 +27,8 @@ from torch import Tensor
 
 # 16 bits and the sign plane of the topmost run.
 MAX_PLANES = 17
+# Weights encoded or decoded at a time, a multiple of 8: what comes in between stays in the caches.
+_BLOCK = 1 << 18
 
 
 def plane_bytes(weights: int) -> int:
@@ -65,15 +67,17 @@ def from_masks(stored: int, negative: int) -> tuple[int, ...]:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """A flat tensor of bits as the bytes of a plane."""
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8))
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
+    padded = torch.zeros(8 * plane_bytes(bits.numel()), dtype=torch.uint8, device=bits.device)
+    padded[: bits.numel()] = bits
+    # Of eight bytes read as one little-endian number, the product's top byte has bit i of byte i.
+    return (padded.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack_bits(plane: Tensor, weights: int) -> Tensor:
     """The bits of one plane, uint8 of shape ``(weights,)``."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=plane.device)
-    return ((plane[:, None] >> shifts) & 1).flatten()[:weights]
+    values = torch.arange(256, dtype=torch.uint8, device=plane.device)
+    bits_of_bytes = (values[:, None] >> values[:8] & 1).view(torch.int64).flatten()
+    return bits_of_bytes.index_select(0, plane.to(torch.int32)).view(torch.uint8)[:weights]
 
 
 def _runs(active: Collection[int]) -> Iterator[tuple[int, int]]:
@@ -120,31 +124,32 @@ def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor
         >>> coefficients, planes.tolist()
         ((-4, 2, 1), [[1], [4], [5]])
     """
-    rest = codes.reshape(-1).to(torch.int64)
+    flat = codes.reshape(-1)
     if active is None:
-        largest = int(rest.abs().max()) if rest.numel() else 0
-        active = range(largest.bit_length())
-    planes: list[tuple[int, Tensor]] = []
-    for low, length in _runs(active):
-        # The other runs are multiples of twice this run's span, so the centred remainder is this run's part.
-        span = 1 << (length + 1)
-        value = (((rest >> low) + span // 2) & (span - 1)) - span // 2
-        rest = rest - (value << low)
-        least, most = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
-        width = max(most.bit_length(), (-least - 1).bit_length() if least < 0 else 0)
-        for bit in range(width):
-            planes.append((1 << (low + bit), (value >> bit) & 1 == 1))
-        if least < 0:
-            planes.append((-1 << (low + width), value < 0))
-    if bool(rest.any()):
-        raise ValueError(f"expected codes with digits -1, 0, 1 at the exponents {sorted(set(active))}, got others")
-    kept = [(k, bits) for k, bits in reversed(planes) if bool(bits.any())]
-    coefficients = tuple(k for k, _ in kept)
-    if any(abs(k) >= 1 << MAX_PLANES for k in coefficients):
-        raise ValueError(f"expected codes of magnitude below 2^{MAX_PLANES - 1}, got coefficients {coefficients}")
-    if not kept:
-        return torch.empty((0, plane_bytes(codes.numel())), dtype=torch.uint8, device=codes.device), ()
-    return torch.stack([pack_bits(bits) for _, bits in kept]), coefficients
+        least, most = map(int, flat.aminmax()) if flat.numel() else (0, 0)
+        active = range(max(-least, most).bit_length())
+    coefficients = list(widest(active))
+    planes = torch.empty((len(coefficients), plane_bytes(flat.numel())), dtype=torch.uint8, device=codes.device)
+    for start in range(0, flat.numel(), _BLOCK):
+        rest = flat[start : start + _BLOCK].to(torch.int64)
+        block = reversed(planes[:, start // 8 : (start + _BLOCK) // 8].unbind())
+        for low, length in _runs(active):
+            for bit in range(low, low + length + 1):
+                next(block).copy_(pack_bits(rest >> bit & 1))
+            # The other runs are multiples of twice this run's span, so the centred remainder is this run's part.
+            span = 1 << (length + 1)
+            rest = rest - ((((rest >> low) + span // 2) & (span - 1)) - span // 2 << low)
+        if bool(rest.any()):
+            raise ValueError(f"expected codes with digits -1, 0, 1 at the exponents {sorted(set(active))}, got others")
+    for j in range(len(coefficients) - 1):
+        # A plane that equals the sign's above it takes its place.
+        if coefficients[j] < 0 < coefficients[j + 1] and torch.equal(planes[j], planes[j + 1]):
+            coefficients[j : j + 2] = 0, -coefficients[j + 1]
+    kept = [j for j, holds in enumerate(planes.any(1).tolist()) if holds and coefficients[j] != 0]
+    chosen = tuple(coefficients[j] for j in kept)
+    if any(abs(k) >= 1 << MAX_PLANES for k in chosen):
+        raise ValueError(f"expected codes of magnitude below 2^{MAX_PLANES - 1}, got coefficients {chosen}")
+    return planes[kept], chosen
 
 
 def decode(planes: Tensor, coefficients: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -156,6 +161,9 @@ def decode(planes: Tensor, coefficients: Sequence[int], shape: Sequence[int]) ->
     """
     weights = math.prod(shape)
     codes = torch.zeros(weights, dtype=torch.int32, device=planes.device)
-    for plane, coefficient in zip(planes, coefficients, strict=True):
-        codes += unpack_bits(plane, weights).to(torch.int32) * coefficient
+    for start in range(0, weights, _BLOCK):
+        block = codes[start : start + _BLOCK]
+        rows = planes[:, start // 8 : (start + _BLOCK) // 8]
+        for plane, coefficient in zip(rows, coefficients, strict=True):
+            block.add_(unpack_bits(plane, block.numel()), alpha=coefficient)
     return codes.view(*shape)

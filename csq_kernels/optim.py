@@ -302,8 +302,8 @@ class SinglePassOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            f"expected no copy of {type(self).__name__}, whose layers it would lose: build one for the copied model and load "
-            "this one's state_dict()"
+            f"expected no copy of {type(self).__name__}, which would lose its layers: build one for the copied model "
+            "and load this one's state_dict()"
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

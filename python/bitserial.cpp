@@ -203,15 +203,16 @@ void bind_bitserial(py::module_& m) {
     m.def(
         "bitserial_untile",
         [](Address tiles, int64_t rows, int64_t stream_columns, const std::vector<int32_t>& order,
-           const std::vector<int>& coefficients, Address planes) {
+           const std::vector<int>& coefficients, Address planes, int threads) {
             require_sizes({{"rows", rows}, {"stream_columns", stream_columns}}, 64 * kMaxWeightPlanes);
+            require_from("threads", threads, 1);
             const int32_t* from = order_of(order, stream_columns);
             const int64_t columns = from == nullptr ? stream_columns : static_cast<int64_t>(order.size());
             cpu::untile_planes(array<const uint8_t>("tiles", tiles), rows, stream_columns, from, columns,
-                               parse_planes(coefficients), array<uint8_t>("planes", planes));
+                               parse_planes(coefficients), array<uint8_t>("planes", planes), threads);
         },
         unlocked, "The inverse of bitserial_tile.", py::arg("tiles"), py::arg("rows"), py::arg("stream_columns"),
-        py::arg("order"), py::arg("coefficients"), py::arg("planes"));
+        py::arg("order"), py::arg("coefficients"), py::arg("planes"), py::arg("threads"));
     py::class_<Linear>(m, "BitserialLinear", "A packed weight [rows, columns], but for its memory.")
         .def(py::init(&make_linear), py::arg("rows"), py::arg("columns"), py::arg("coefficients"),
              py::arg("step_per_row"))

@@ -53,6 +53,18 @@ def test_any_codes_come_back_without_naming_their_exponents(values):
     assert torch.equal(bitplanes.decode(planes, coefficients, codes.shape), codes)
 
 
+def test_planes_do_not_depend_on_the_blocks_they_are_made_in(monkeypatch):
+    codes = random_codes({0, 1, 5}, (1003,))
+    expected, coefficients = bitplanes.encode(codes, {0, 1, 5})
+    monkeypatch.setattr(bitplanes, "_BLOCK", 64)
+    planes, found = bitplanes.encode(codes, {0, 1, 5})
+    assert torch.equal(planes, expected) and found == coefficients
+    assert torch.equal(bitplanes.decode(planes, coefficients, codes.shape), codes)
+    codes[70] = 4
+    with pytest.raises(ValueError, match="expected codes with digits"):
+        bitplanes.encode(codes, {0, 1, 5})
+
+
 @settings(deadline=None)
 @given(EXPONENTS, st.integers(0, 1000))
 def test_masks_hold_the_coefficients(active, seed):

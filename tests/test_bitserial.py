@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from csq_kernels import _native, backends, bitplanes, functional, reference
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_vbmi")
 PRECISIONS = ("exact", "high", "int8")
 
 

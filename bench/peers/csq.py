@@ -1,14 +1,17 @@
 """This library's packed layers, judged against float64 before they are timed."""
 
 import copy
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accuracy import Norms, Verdict, twice
-from torch import Tensor, nn
+from torch import Tensor
 
 from csq_kernels import reference
+from csq_kernels.backends.memory import new_empty_aligned
+from csq_kernels.nn.packed import PackedLinear
 from peers import Provider, Shape, Walk, chain
 
 WIDTHS = range(1, 9)
@@ -26,10 +29,18 @@ def random_codes(shape: Shape, bits: int) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int32)
 
 
-def pack(codes: Tensor, precision: str) -> nn.Module:
-    from csq_kernels.nn.packed import PackedLinear
+@functools.cache
+def packed(shape: Shape, bits: int) -> PackedLinear:
+    return PackedLinear.from_codes(random_codes(shape, bits), SCALE, N_BITS)
 
-    return PackedLinear.from_codes(codes, SCALE, N_BITS, precision=precision)
+
+def another(layer: PackedLinear, precision: str) -> PackedLinear:
+    """The layer with planes of its own, which lie as those of a loaded layer do: where huge pages begin."""
+    again = copy.copy(layer)
+    again.precision = precision
+    planes = new_empty_aligned(layer.planes, layer.planes.numel()).view_as(layer.planes).copy_(layer.planes)
+    again._buffers = {**layer._buffers, "planes": planes}
+    return again
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:
@@ -43,61 +54,57 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def judge(layer: nn.Module, codes: Tensor, precision: str, batch: int) -> Verdict:
-    """The error of one layer on random inputs over what its precision allows."""
-    x = torch.randn(batch, codes.shape[1], generator=torch.Generator().manual_seed(0))
+@dataclass(frozen=True)
+class Products:
+    """Of random inputs with the weight of ``packed``: in float64, in float32, and in float64 of rounded inputs."""
+
+    input: Tensor
+    exact: Tensor
+    fp32: Tensor
+    rounded: Tensor
+
+
+@functools.cache
+def products(shape: Shape, bits: int, batch: int) -> Products:
+    codes = random_codes(shape, bits)
+    x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(0))
+    fp32 = F.linear(x, reference.hard_weight(codes, SCALE, N_BITS, 0))
     weight = reference.hard_weight(codes, SCALE.double(), N_BITS, 0)
-    exact = F.linear(x.double(), weight)
-    found = layer(x)
+    exact, rounded = F.linear(torch.stack([x.double(), rounded_to_int8(x)]), weight)
+    return Products(x, exact, fp32, rounded)
+
+
+def judge(layer: PackedLinear, precision: str, judged: Products) -> Verdict:
+    """The error of one layer on random inputs over what its precision allows."""
+    found, exact = layer(judged.input), judged.exact
     if precision == "exact":
-        baseline = F.linear(x, reference.hard_weight(codes, SCALE, N_BITS, 0))
-        errors, baseline_errors = (Norms().add(y.double() - exact) for y in (found, baseline))
+        errors, baseline_errors = (Norms().add(y.double() - exact) for y in (found, judged.fp32))
         return twice("the product", errors, baseline_errors, Norms().add(exact))
-    allowed = HIGH_ERROR
-    if precision == "int8":
-        allowed = SAMPLING * relative_error(F.linear(rounded_to_int8(x), weight), exact)
+    allowed = HIGH_ERROR if precision == "high" else SAMPLING * relative_error(judged.rounded, exact)
     error = relative_error(found, exact)
     return Verdict(error / allowed, f"relative error of the product {error:.2e}, allowed {allowed:.2e}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Packed:
     name: str
     bits: int
     activation: str
-    packed: dict[Shape, nn.Module] = field(default_factory=dict)
-
-    def layers(self, shapes: list[Shape]) -> list[nn.Module]:
-        """Packs each shape once; the layers that follow it are copies in memory of their own."""
-        self.packed = {
-            shape: self.packed.get(shape) or pack(random_codes(shape, self.bits), self.activation)
-            for shape in dict.fromkeys(shapes)
-        }
-        used = len(self.packed)
-        states = {shape: layer.state_dict() for shape, layer in self.packed.items()}
-        return [*self.packed.values(), *(self._again(shape, states[shape]) for shape in shapes[used:])]
-
-    def _again(self, shape: Shape, state: dict[str, Tensor]) -> nn.Module:
-        """A layer that got its planes as one from a file does: a mere copy would not lie where huge pages begin."""
-        layer = copy.copy(self.packed[shape])
-        layer._buffers = dict(layer._buffers)
-        layer.load_state_dict(state)
-        return layer
 
     def walk(self, shape: Shape, batch: int, threads: int) -> Walk:
         torch.set_num_threads(threads)
         shapes = chain(shape, self.bits, batch)
         with torch.inference_mode():
-            layers = self.layers(shapes)
+            layers = [another(packed(each, self.bits), self.activation) for each in shapes]
             verdict: Verdict | None = None
-            for each, layer in self.packed.items():
-                latest = judge(layer, random_codes(each, self.bits), self.activation, batch)
+            for each, layer in zip(shapes[:2], layers, strict=False):
+                latest = judge(layer, self.activation, products(each, self.bits, batch))
                 if latest.worse(verdict):
                     verdict = latest
         stored = {layer.stored_bits for layer in layers}
         if stored != {self.bits}:
             raise RuntimeError(f"expected {self.bits} stored bits of {self.name}, got {sorted(stored)}")
-        inputs = {each: torch.randn(batch, each[1]) for each in self.packed}
+        inputs = {each: torch.randn(batch, each[1]) for each in shapes[:2]}
         calls = [(layer, inputs[each]) for layer, each in zip(layers, shapes, strict=True)]
 
         def run() -> None:

@@ -69,8 +69,9 @@ def _untile(tiles: Tensor, coefficients: Sequence[int], weight_shape: Sequence[i
     if planes.numel():
         _check_tiles(tiles, coefficients, weight_shape)
         columns = math.prod(weight_shape[1:])
+        threads = torch.get_num_threads()
         _C.bitserial_untile(
-            tiles.data_ptr(), weight_shape[0], columns, _order(weight_shape), coefficients, planes.data_ptr()
+            tiles.data_ptr(), weight_shape[0], columns, _order(weight_shape), coefficients, planes.data_ptr(), threads
         )
     return planes
 

@@ -443,6 +443,8 @@ void conv_by_products(const BitserialKernels& kernels, const PackedWeight& w, Pr
 const BitserialKernels& bitserial_kernels(Isa isa) {
     switch (isa) {
 #if defined(__x86_64__)
+        case Isa::avx512_vbmi:
+            return kAvx512VbmiBitserial;
         case Isa::avx512_vnni:
             return kAvx512VnniBitserial;
         case Isa::avx512:

@@ -35,7 +35,7 @@ int64_t tiles_size(int64_t rows, int64_t columns, int planes);
 void tile_planes(const uint8_t* planes, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,
                  const PlaneSet& set, uint8_t* tiles, int threads);
 void untile_planes(const uint8_t* tiles, int64_t rows, int64_t stream_columns, const int32_t* order, int64_t columns,
-                   const PlaneSet& set, uint8_t* planes);
+                   const PlaneSet& set, uint8_t* planes, int threads);
 
 // output [outer, channels, inner] = step * z, one rounding each, from canonical planes; step [1] or [channels].
 void weight_of_planes(const uint8_t* planes, int64_t outer, int64_t channels, int64_t inner, const PlaneSet& set,

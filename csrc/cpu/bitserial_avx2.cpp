@@ -27,6 +27,7 @@ struct V {
     static constexpr int bytes = 32;
     static constexpr int slice_bits = 7;
     static constexpr int table_copies = 1;
+    static constexpr int table_groups = 2;  // whose tables are read at once
     // Of a block of sums: of 16 registers, 8 or 12 hold sums, the others weights, inputs and products.
     static constexpr int rows = 2, batch = 4, float_batch = 6, tall_batch = 8;
 

@@ -5,6 +5,7 @@ struct Bytes512 {
     using f = __m512;
     static constexpr int bytes = 64;
     static constexpr int table_copies = 2;
+    static constexpr int table_groups = 2;  // whose tables are read at once
     // Of a block of sums: 24 of 32 registers, and 4 for weights.
     static constexpr int rows = 4, batch = 6, float_batch = 6, tall_batch = 12;
 

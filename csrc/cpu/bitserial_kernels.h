@@ -25,7 +25,8 @@ struct InputBlock {
 };
 
 // Its tables: 16 sums for each group, less the smallest one, of one byte or two, the upper one first:
-// [pair of groups][byte][group][copies][16]. Of one byte for 64 columns, of two for 128.
+// [some groups][byte][group][copies][16], of as many groups as a kernel reads at once. Of one byte for 64 columns, of
+// two for 128.
 struct TableBlock {
     float step;
     int64_t smallest;  // sum over the groups of the smallest sums
@@ -101,6 +102,7 @@ extern const BitserialKernels kScalarBitserial;
 extern const BitserialKernels kAvx2Bitserial;
 extern const BitserialKernels kAvx512Bitserial;
 extern const BitserialKernels kAvx512VnniBitserial;
+extern const BitserialKernels kAvx512VbmiBitserial;
 #endif
 
 }  // namespace csq::cpu

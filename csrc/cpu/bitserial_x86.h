@@ -165,9 +165,9 @@ int64_t fill_word_tables(const int8_t* upper, const int8_t* lower, uint8_t* tabl
         }
         const __m256i bytes = _mm256_permute4x64_epi64(
             _mm256_packus_epi16(_mm256_srli_epi16(table, 8), _mm256_and_si256(table, _mm256_set1_epi16(255))), 0xd8);
-        uint8_t* pair = tables + (g / 2) * 4 * kTable + (g % 2) * kTable;
-        store_table(pair, _mm256_castsi256_si128(bytes));
-        store_table(pair + 2 * kTable, _mm256_extracti128_si256(bytes, 1));
+        uint8_t* to = tables + (g / V::table_groups * 2 * V::table_groups + g % V::table_groups) * kTable;
+        store_table(to, _mm256_castsi256_si128(bytes));
+        store_table(to + V::table_groups * kTable, _mm256_extracti128_si256(bytes, 1));
     }
     return all;
 }
@@ -185,7 +185,7 @@ struct PlaneSums {
 };
 
 template <int T>
-inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>& sums) {
+inline void sum_plane(const uint8_t* plane, const uint8_t*& ahead, const uint8_t* tables, PlaneSums<T>& sums) {
     using v = typename V::v;
     constexpr int kVectors = static_cast<int>(kPartGroups<T> * kGroupBytes / V::bytes);
     // A multiplication picks the odd bytes as a shift would, on ports that shifts and shuffles do not need.
@@ -195,7 +195,7 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
 #pragma GCC unroll 2
     for (int i = 0; i < kVectors; i += 2) {
         for (int line = 0; line < 2 * V::bytes; line += 64) {
-            __builtin_prefetch(plane + i * V::bytes + line + kPrefetch);
+            __builtin_prefetch(ahead + i * V::bytes + line);
         }
         v index[2][2];
         for (int j = 0; j < 2; ++j) {
@@ -215,6 +215,7 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
             }
         }
     }
+    ahead += kVectors * V::bytes;
     for (int t = 0; t < T; ++t) {
         for (int h = 0; h < 2; ++h) {
             sums.odd[t][h] = V::fold(odd[t][h]);
@@ -222,6 +223,23 @@ inline void sum_plane(const uint8_t* plane, const uint8_t* tables, PlaneSums<T>&
         }
     }
 }
+
+// What the planes count for, in units of the lowest one.
+struct Powers {
+    int lowest;
+    int64_t all = 0, offset = 0;  // of all planes, of the inverted ones
+
+    explicit Powers(const PlaneSet& planes) : lowest(planes.exponents[planes.count - 1]) {
+        for (int p = 0; p < planes.count; ++p) {
+            const int64_t power = int64_t{1} << (planes.exponents[p] - lowest);
+            all += power;
+            if (planes.inverted[p]) offset += power;
+        }
+    }
+    float unit() const { return static_cast<float>(1 << lowest); }
+    // From sums of table entries to sums of inputs.
+    int64_t correction(const TableBlock& block) const { return all * block.smallest - offset * block.sum; }
+};
 
 // One table entry is at most 255, so planes whose exponents differ by at most so much are added up in 16 bits.
 template <int T>
@@ -231,17 +249,13 @@ static_assert(kPartGroups<1> * 255 * 15 <= 65535 && kPartGroups<2> * 255 * 7 <= 
 template <int T>
 void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks, const uint8_t* tables,
                    const TableBlock* descriptions, float* out) {
-    const int lowest = planes.exponents[planes.count - 1];
-    int64_t all = 0, offset = 0;
-    for (int p = 0; p < planes.count; ++p) {
-        const int64_t power = int64_t{1} << (planes.exponents[p] - lowest);
-        all += power;
-        if (planes.inverted[p]) offset += power;
-    }
+    const Powers powers(planes);
     __m256 total[8];
     for (auto& vector : total) vector = _mm256_setzero_ps();
     const __m256i zero = _mm256_setzero_si256();
     const int64_t parts = blocks * kParts<T>;
+    // In the order of memory, whatever the order of parts and planes: the processor's own prefetching joins in.
+    const uint8_t* ahead = tiles + kPrefetch;
     for (int64_t part = 0; part < parts; ++part, tables += kPartGroups<T> * T * 16 * V::table_copies) {
         const uint8_t* plane = tiles + part / kParts<T> * planes.count * kPlaneBytes;
         plane += part % kParts<T> * kPartGroups<T> * kGroupBytes;
@@ -252,11 +266,11 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
             const bool first = p == 0;
             int last = top;
             PlaneSums<T> narrow;
-            sum_plane<T>(plane, tables, narrow);
+            sum_plane<T>(plane, ahead, tables, narrow);
             for (++p, plane += kPlaneBytes; p < planes.count && top - planes.exponents[p] <= kNarrowSpan<T>;
                  ++p, plane += kPlaneBytes) {
                 PlaneSums<T> sums;
-                sum_plane<T>(plane, tables, sums);
+                sum_plane<T>(plane, ahead, tables, sums);
                 const __m128i shift = _mm_cvtsi32_si128(last - planes.exponents[p]);
                 last = planes.exponents[p];
                 for (int t = 0; t < T; ++t) {
@@ -284,7 +298,7 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
             }
         }
         const TableBlock& d = descriptions[part];
-        const int64_t correction = all * d.smallest - offset * d.sum;
+        const int64_t correction = powers.correction(d);
         const int64_t upper = T == 2 ? correction >> 8 : correction;
         const __m256i corrections[2] = {_mm256_set1_epi32(static_cast<int32_t>(upper)),
                                         _mm256_set1_epi32(static_cast<int32_t>(correction - 256 * upper))};
@@ -298,7 +312,7 @@ void look_up_bytes(const uint8_t* tiles, const PlaneSet& planes, int64_t blocks,
             total[i] = _mm256_fmadd_ps(value, step, total[i]);
         }
     }
-    const __m256 unit = _mm256_set1_ps(static_cast<float>(1 << lowest));
+    const __m256 unit = _mm256_set1_ps(powers.unit());
     for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(total[i], unit));
 }
 

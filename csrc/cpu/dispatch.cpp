@@ -31,6 +31,7 @@ const ReconstructKernels& kernels() {
 #if CSQ_X86
         case Isa::avx512:
         case Isa::avx512_vnni:
+        case Isa::avx512_vbmi:
             return kAvx512Kernels;
         case Isa::avx2:
             return kAvx2Kernels;
@@ -96,6 +97,8 @@ void finish(const ReconstructParams& a, const ReconstructGradients& g, const dou
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::avx512_vbmi:
+            return "avx512_vbmi";
         case Isa::avx512_vnni:
             return "avx512_vnni";
         case Isa::avx512:
@@ -115,7 +118,11 @@ bool isa_supported(Isa isa) {
     const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == Isa::avx512) return wide;
-    if (isa == Isa::avx512_vnni) return wide && __builtin_cpu_supports("avx512vnni");
+    const bool products = wide && __builtin_cpu_supports("avx512vnni");
+    if (isa == Isa::avx512_vnni) return products;
+    if (isa == Isa::avx512_vbmi) {
+        return products && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+    }
 #endif
     return isa == Isa::scalar;
 }

@@ -17,6 +17,7 @@ const StepKernels& kernels() {
 #if CSQ_X86
         case Isa::avx512:
         case Isa::avx512_vnni:
+        case Isa::avx512_vbmi:
             return kAvx512Step;
         case Isa::avx2:
             return kAvx2Step;
