@@ -45,12 +45,18 @@ BULK = {
     "reconstruct_backward_kernel": (3, 2),
     "reconstruct_fwd_kernel": (2, 1),
     "reconstruct_bwd_kernel": (3, 2),
+    "reconstruct_sums_kernel": (3, 0),
+    "reconstruct_products_kernel": (2, 0),
+    "step_scale_sums_kernel": (2, 0),
+    # Logits of both signs, or more with momenta in float32, beside the gradient and the weight.
+    "step_kernel": (3, 3),
     # The planes of a packed weight, an access of 16 bytes each, in the loop and before it.
     "bitserial_mma_kernel": (2, 0),
     "bitserial_fma_kernel": (2, 0),
 }
-# The variant for arrays and rows that do not allow wide accesses.
-NARROW_VARIANT = re.compile(r"^(fp32|bf16|fp16) x1$")
+# The variants for arrays and rows that do not allow wide accesses, of which a step's are named by a last 0; sums have
+# nothing to write in the backward pass.
+NARROW_VARIANT = re.compile(r"^(fp32|bf16|fp16) (x1( [01])?|x\d [01] 0|\w+ sums)$")
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -68,7 +68,7 @@ def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
     """Gradients (5) of the gates and (6) of the scale, each in its own dtype."""
     logits = layer.bit_logits.to(torch.promote_types(layer.bit_logits.dtype, torch.float32))
     _, grad_gates, grad_scale = reference.reconstruct_backward(
-        layer.grad_weight, logits, *layer.before, *layer.constants()
+        layer.grad_weight, logits, *layer.before, **layer.constants()
     )
     return grad_gates, grad_scale
 
@@ -83,7 +83,7 @@ def _update(layer: StepLayer) -> None:
     rule, dtype = layer.rule, torch.promote_types(layer.bit_logits.dtype, torch.float32)
     logits = layer.bit_logits.to(dtype)
     grad, _, _ = reference.reconstruct_backward(
-        rule.sign * layer.grad_weight.to(dtype), logits, *layer.before, *layer.constants()
+        rule.sign * layer.grad_weight.to(dtype), logits, *layer.before, **layer.constants()
     )
     roots = (False, True)
     momenta = list(layer.momenta)
@@ -109,5 +109,5 @@ def _update(layer: StepLayer) -> None:
     if layer.bit_logits.dtype == torch.bfloat16:
         logits = round_to_bfloat16(logits, random_words(logits.shape, layer.key, logits.device))
     layer.bit_logits.copy_(logits)
-    weight = reference.reconstruct(layer.bit_logits.to(dtype), *layer.after, *layer.constants())
+    weight = reference.reconstruct(layer.bit_logits.to(dtype), *layer.after, **layer.constants())
     layer.weight.copy_(weight)

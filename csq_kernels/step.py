@@ -1,13 +1,13 @@
 """The contract of the single-pass training step: what one layer brings to it, and the rule by which its logits move.
 
-A backend has two functions. ``step_sums(layer)`` returns the gradients (5) and (6), from which the stock optimizer makes
-the new gates and scale; ``step_update(layers)`` then writes logits, momenta and the next weight in one pass. They are
-not ops of the dispatcher: they change what they are given, and nobody traces an optimizer.
+A backend has two functions. ``step_sums(layer)`` returns the gradients (5) and (6), from which the stock optimizer
+makes the new gates and scale; ``step_update(layers)`` then writes logits, momenta and the next weight in one pass. They
+are not ops of the dispatcher: they change what they are given, and nobody traces an optimizer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ class StepLayer:
 
     ``grad_weight`` belongs to the weight that ``before`` made, and ``after`` makes the next one; between ``step_sums``
     and ``step_update`` the caller changes ``after`` in place. Written are ``bit_logits`` (stochastically rounded if
-    bfloat16), ``momenta`` and ``weight``. A narrow momentum is float8 with a scale for each ``MOMENTUM_BLOCK`` weights of
-    a plane, also stochastically rounded; Adam's second one is kept as its root.
+    bfloat16), ``momenta`` and ``weight``. A narrow momentum is float8 with a scale for each ``MOMENTUM_BLOCK`` weights
+    of a plane, also stochastically rounded; Adam's second one is kept as its root.
     """
 
     weight: Tensor
@@ -98,9 +98,10 @@ class StepLayer:
     momentum_scales: tuple[Tensor, ...]
     key: int
 
-    def constants(self) -> tuple[list[int], int, int, bool]:
+    def constants(self) -> dict[str, Any]:
         """What follows the tensors in the arguments of ``reconstruct``."""
-        return list(self.bits), self.n_bits, self.channel_axis, self.hard_gates
+        names = ("bits", "n_bits", "channel_axis", "hard_gates")
+        return {name: getattr(self, name) for name in names}
 
 
 def momentum_scale_shape(bit_logits: Tensor) -> tuple[int, int, int]:
@@ -139,3 +140,10 @@ def check_step(layer: StepLayer) -> None:
         expect_shape("momenta", momentum, layer.bit_logits.shape)
     for scales in layer.momentum_scales:
         expect_shape("momentum_scales", scales, momentum_scale_shape(layer.bit_logits))
+    state = {"bit_logits": [layer.bit_logits], "momenta": layer.momenta, "momentum_scales": layer.momentum_scales}
+    for name, tensors in (state | {"grad_weight": [layer.grad_weight]}).items():
+        for tensor in tensors:
+            if tensor.device != layer.weight.device:
+                raise ValueError(f"expected {name} on {layer.weight.device} like the weight, got {tensor.device}")
+            if name in state and not tensor.is_contiguous():
+                raise ValueError(f"expected {name} contiguous, got strides {tensor.stride()}")

@@ -1,18 +1,16 @@
-"""What the Triton step has to satisfy, on the processor: ``TRITON_INTERPRET=1 pytest tests/interpreted_triton_step.py``.
+"""What the Triton step has to satisfy, on the processor, with ``TRITON_INTERPRET=1`` in the environment.
 
 ``test_triton.py`` runs this file in a process of its own.
 """
 
-import dataclasses
 import math
 
 import pytest
 import torch
 from helpers import BFLOAT16, FLOAT64, Case, assert_within, pool
-from step_layers import REFERENCE, Backend, StepCase, assert_step, exact
+from step_layers import REFERENCE, Backend, StepCase, assert_step, closed_plane, exact, small_scales
 
 from csq_kernels.backends import triton_reconstruct, triton_step
-from csq_kernels.step import Vectors
 
 # As in interpreted_triton.py; and numpy warns of the overflow that the random numbers are made of.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
@@ -55,16 +53,7 @@ def test_within_the_error_of_pytorch(case: StepCase, poisoned: None) -> None:
 
 @pytest.mark.parametrize("scale_per_channel", [False, True])
 def test_gradient_of_a_scale_too_small_to_divide_by(scale_per_channel: bool) -> None:
-    case = StepCase(Case((9, 130), (0, 1, 3), 4, scale_per_channel=scale_per_channel, hard_gates=True))
-    layers = []
-    for seed in range(8):
-        layer = case.layer(seed)
-        scale = layer.before.scale.clone()
-        scale.view(-1)[:4] = torch.tensor([0.0, 1e-30, -1e-42, -0.0])[: scale.numel()]
-        before = Vectors(layer.before.gate_logits, scale, layer.before.temperature)
-        weight = layer.weight if scale_per_channel else torch.zeros_like(layer.weight)
-        weight[:4] = 0.0
-        layers.append(dataclasses.replace(layer, before=before, weight=weight))
+    layers = small_scales(scale_per_channel, 130)
     every = [
         [backend.step_sums(layer)[1:] for layer in inputs]
         for backend, inputs in ((TRITON, layers), (REFERENCE, [exact(layer) for layer in layers]), (REFERENCE, layers))
@@ -73,10 +62,7 @@ def test_gradient_of_a_scale_too_small_to_divide_by(scale_per_channel: bool) -> 
 
 
 def test_planes_behind_closed_gates_move_by_their_momentum() -> None:
-    layer = StepCase(Case((7, 100), (0, 1), 2)).layer()
-    for vectors in (layer.before, layer.after):
-        vectors.gate_logits[1] = -torch.inf
-    layer.bit_logits[:, 1, 3, 7] = torch.nan
+    layer = closed_plane()
     own, eager = (backend.step([layer])[0] for backend in (TRITON, REFERENCE))
     assert torch.isfinite(own.weight).all()
     assert own.bit_logits.isnan().nonzero().tolist() == [[0, 1, 3, 7], [1, 1, 3, 7]]

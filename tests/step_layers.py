@@ -156,11 +156,11 @@ def assert_step(backend: Backend, case: StepCase, seeds: int, device: str = "cpu
         assert_momenta(case, own, reference_own, exact_own)
         logits = own.bit_logits.to(FLOAT32) if layer.weight.dtype == FLOAT32 else own.bit_logits
         if logits.dtype == layer.weight.dtype:
-            assert torch.equal(own.weight, backend.reconstruct(logits, *layer.after, *layer.constants()))
+            assert torch.equal(own.weight, backend.reconstruct(logits, *layer.after, **layer.constants()))
 
 
 def assert_momenta(case: StepCase, actual: Stepped, eager: Stepped, exact: Stepped) -> None:
-    """Momenta keep to the rule; of narrow ones, codes differ by one where a value differs by its last bit, and rarely."""
+    """Momenta keep to the rule; codes of narrow ones differ by one where a value does by its last bit, and rarely."""
     for i, (own, other, wanted) in enumerate(zip(actual.momenta, eager.momenta, exact.momenta, strict=True)):
         if not case.narrow:
             assert_within(own, wanted, other, name=f"momentum {i}")
@@ -172,3 +172,24 @@ def assert_momenta(case: StepCase, actual: Stepped, eager: Stepped, exact: Stepp
         distance = (codes[0] - codes[1]).abs()
         assert distance.max() <= 1
         assert distance.count_nonzero() <= 2 + 1e-4 * distance.numel()
+
+
+def small_scales(scale_per_channel: bool, inner: int) -> list[StepLayer]:
+    """Layers with fixed gates whose scales are too small to divide by, the first four if there is one a channel."""
+    case = StepCase(Case((9, inner), (0, 1, 3), 4, scale_per_channel=scale_per_channel, hard_gates=True))
+    layers = []
+    for seed in range(8):
+        layer = case.layer(seed)
+        layer.before.scale.view(-1)[:4] = torch.tensor([0.0, 1e-30, -1e-42, -0.0])[: layer.before.scale.numel()]
+        layer.weight[: 4 if scale_per_channel else None] = 0.0
+        layers.append(layer)
+    return layers
+
+
+def closed_plane() -> StepLayer:
+    """A layer with a plane behind a closed gate, in which two logits of one weight are NaN."""
+    layer = StepCase(Case((7, 100), (0, 1), 2)).layer()
+    for vectors in (layer.before, layer.after):
+        vectors.gate_logits[1] = -torch.inf
+    layer.bit_logits[:, 1, 3, 7] = torch.nan
+    return layer

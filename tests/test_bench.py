@@ -179,5 +179,5 @@ def test_report_names_commit_and_what_is_open(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, BENCH / "status.py", tmp_path], check=True, capture_output=True, text=True)
     first, *_, last = done.stdout.splitlines()
     assert "holds: 0.95 at commit abc, 4096x4096 float32, 2026-01-01" in first
-    assert done.stdout.count("OPEN: never measured") == 16
-    assert last == "16 of 18 claims are open"
+    assert done.stdout.count("OPEN: never measured") == 18
+    assert last == "18 of 20 claims are open"

@@ -50,8 +50,8 @@ def _gates(u, beta, HARD_GATES: tl.constexpr):
         return _sigmoid(beta * u)
 
 
-# Equation (3) but for its last factor: the sum of 2^b G_b (P_b - N_b) over the planes whose exponents are set in `bits`,
-# lowest first: `rest & -rest` is 2^b of the next one. Planes whose gate is 0 in the whole tile are not read.
+# Equation (3) but for its last factor: the sum of 2^b G_b (P_b - N_b) over the planes whose exponents are set in
+# `bits`, lowest first: `rest & -rest` is 2^b of the next one. Planes whose gate is 0 in the whole tile are not read.
 @triton.jit
 def _total(
     p_bit_logits,

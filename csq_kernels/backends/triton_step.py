@@ -364,7 +364,7 @@ def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
     if not _serves(layer):
         return reference_step.step_sums(layer)
     if not layer.hard_gates or layer.weight.dtype != torch.float32:
-        return reconstruct_sums(layer.grad_weight, layer.bit_logits, *layer.before, *layer.constants())
+        return reconstruct_sums(layer.grad_weight, layer.bit_logits, *layer.before, **layer.constants())
     gate_logits, scale, temperature = layer.before
     plan = _plan(layer.bit_logits, gate_logits, scale, layer.bits, layer.n_bits, layer.channel_axis)
     partial = scale.new_empty((plan.outer, plan.channels, plan.column_blocks), dtype=torch.float64)

@@ -10,7 +10,8 @@ namespace csq {
 // Values that share a scale in an 8-bit momentum, neighbours in a plane of the weight.
 constexpr int64_t kMomentumBlock = 256;
 constexpr float kLargestFloat8 = 448.0f;
-// The largest value of a block above which it has a scale: the inverse of less would overflow, and no logit can feel it.
+// The largest value of a block above which it has a scale: the inverse of less would overflow, and no logit can feel
+// it.
 constexpr float kSmallestBlock = 0x1p-100f;
 
 // How a logit x moves for its gradient g, `sign` included, with momenta m and v:

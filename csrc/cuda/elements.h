@@ -79,8 +79,7 @@ struct Elements {
     static constexpr int kWords = (kBytes + 3) / 4;
     static constexpr int kInWord = 4 / static_cast<int>(sizeof(T));
     static constexpr bool kWide = kWhole && kBytes % 8 == 0;
-    using Bits =
-        std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>;
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>;
 
     uint32_t words[kWords];
 

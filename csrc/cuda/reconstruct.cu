@@ -1,7 +1,6 @@
-#include "cuda/reconstruct.h"
-
 #include "core/soft_bits.h"
 #include "cuda/elements.h"
+#include "cuda/reconstruct.h"
 #include "cuda/tiling.h"
 
 namespace csq::cuda {
@@ -99,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     }
 }
 
-// partial[planes, summed rows, column blocks] of sums[planes, kThreads], which the threads of a block have filled: a sum
-// per plane and row of the block, each made by as many neighbours as share a row and a warp.
+// partial[planes, summed rows, column blocks] of sums[planes, kThreads], which the threads of a block have filled: a
+// sum per plane and row of the block, each made by as many neighbours as share a row and a warp.
 __device__ void sum_rows(const Tiling& tiling, const Place& place, int planes, const double* sums, double* partial) {
     __syncthreads();
     const int group = min(tiling.lanes, kWarp);
@@ -126,8 +125,8 @@ __device__ void sum_rows(const Tiling& tiling, const Place& place, int planes, c
 // (6) follow. A thread adds the terms of one access in fp32; everything from there on is added in fp64, in fixed order.
 template <class T, int V, class D, bool kWithLogits>
 __device__ __forceinline__ void backward_block(const ReconstructParams& p, const Tiling& tiling,
-                                               const D* __restrict__ grad_weight,
-                                               Vector<T, V>* __restrict__ grad_bits, double* __restrict__ partial) {
+                                               const D* __restrict__ grad_weight, Vector<T, V>* __restrict__ grad_bits,
+                                               double* __restrict__ partial) {
     extern __shared__ double sums[];  // [planes, kThreads]: each thread adds to its own
     for (int plane = 0; plane < p.planes; ++plane) sums[plane * kThreads + threadIdx.x] = 0.0;
     float* powers = reinterpret_cast<float*>(sums + p.planes * kThreads);
@@ -358,8 +357,8 @@ LaunchStatus launch_totals(const ReconstructParams& p, const Tiling& tiling, int
 }
 
 template <bool kOfWeight>
-LaunchStatus launch_finish(const ReconstructParams& p, const double* totals, float* grad_gate_logits,
-                           float* grad_scale, Stream stream) {
+LaunchStatus launch_finish(const ReconstructParams& p, const double* totals, float* grad_gate_logits, float* grad_scale,
+                           Stream stream) {
     const bool any_per_channel = p.gates_per_channel || p.scale_per_channel;
     const int64_t rows = any_per_channel ? std::min((p.channels + kThreads - 1) / kThreads, kMaxFinishRows) : 1;
     const dim3 grid(kOfWeight ? 1u : static_cast<unsigned>(p.planes + 1), static_cast<unsigned>(rows));

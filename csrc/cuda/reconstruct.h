@@ -11,8 +11,8 @@ namespace csq::cuda {
 // W of equation (3), in params.dtype. All addresses are of the current device.
 LaunchStatus reconstruct_forward(const ReconstructParams& params, void* weight, Stream stream);
 
-// Gradients (4), (5), (6); without a place for (4), the sums alone. scratch: reconstruct_scratch_size() doubles, contents arbitrary.
-// Sums run in an order that follows from the shape alone: equal inputs give equal bits.
+// Gradients (4), (5), (6); without a place for (4), the sums alone. scratch: reconstruct_scratch_size() doubles,
+// contents arbitrary. Sums run in an order that follows from the shape alone: equal inputs give equal bits.
 LaunchStatus reconstruct_backward(const ReconstructParams& params, const ReconstructGradients& gradients,
                                   double* scratch, Stream stream);
 // Gradient (6) alone from the weight, for hard gates and float32 or bfloat16 logits; weight and gradient are float32.

@@ -1,9 +1,8 @@
-#include "cuda/step.h"
-
 #include <climits>
 
 #include "core/soft_bits.h"
 #include "cuda/elements.h"
+#include "cuda/step.h"
 #include "cuda/tiling.h"
 
 namespace csq::cuda {
@@ -61,40 +60,40 @@ __global__ void __launch_bounds__(kThreads) step_coefficients_kernel(const __gri
     }
 }
 
-// How a launch steps its layers: T of the logits; momenta in float32 or, kNarrow, in float8; kWhole: accesses are wide,
-// and the V weights of a thread have one channel.
-template <class T, int kMomenta, bool kNarrow, bool kWhole>
+// How a launch steps its layers: logits of type T; M momenta in float32 or, if N, in float8; W: accesses are wide, and
+// the V weights of a thread have one channel.
+template <class T, int M, bool N, bool W>
 struct Kind {
     using Logit = T;
-    using Momentum = std::conditional_t<kNarrow, uint8_t, float>;
-    static constexpr int kMomentaOf = kMomenta;
-    static constexpr bool kIsNarrow = kNarrow;
-    static constexpr bool kIsWhole = kWhole;
+    using Momentum = std::conditional_t<N, uint8_t, float>;
+    static constexpr int kMomenta = M;
+    static constexpr bool kNarrow = N;
+    static constexpr bool kWhole = W;
     // A warp holds a block of a narrow momentum.
-    static constexpr int V = kNarrow  ? static_cast<int>(kMomentumBlock) / kWarp
-                             : kWhole ? kAccessBytes / static_cast<int>(sizeof(T))
-                                      : 1;
-    static constexpr int kPlaneRegisters = 2 * V * static_cast<int>(sizeof(T) + kMomenta * sizeof(Momentum)) / 4;
-    // Planes whose loads a thread issues before it uses the first. Where codes are made of momenta, arithmetic needs the
-    // registers, and takes as long as memory.
-    static constexpr int kGroup = !kNarrow && kPlaneRegisters * 2 <= kRegistersInFlight ? 2 : 1;
+    static constexpr int V = N   ? static_cast<int>(kMomentumBlock) / kWarp
+                             : W ? kAccessBytes / static_cast<int>(sizeof(T))
+                                 : 1;
+    static constexpr int kPlaneRegisters = 2 * V * static_cast<int>(sizeof(T) + M * sizeof(Momentum)) / 4;
+    // Planes whose loads a thread issues before it uses the first. Where codes are made of momenta, arithmetic needs
+    // the registers, and takes as long as memory.
+    static constexpr int kGroup = !N && kPlaneRegisters * 2 <= kRegistersInFlight ? 2 : 1;
     // Blocks that a multiprocessor holds at least.
-    static constexpr int kBlocks = kNarrow && !kWhole ? 1 : 2;
+    static constexpr int kBlocks = N && !W ? 1 : 2;
 };
 
 // The logits of one plane and sign, and what moves with them.
 template <class K>
 struct Row {
-    Elements<typename K::Logit, K::V, K::kIsWhole> logits;
-    Elements<typename K::Momentum, K::V, K::kIsWhole> momenta[K::kMomentaOf == 0 ? 1 : K::kMomentaOf];
-    float scales[K::kMomentaOf == 0 ? 1 : K::kMomentaOf];
+    Elements<typename K::Logit, K::V, K::kWhole> logits;
+    Elements<typename K::Momentum, K::V, K::kWhole> momenta[K::kMomenta == 0 ? 1 : K::kMomenta];
+    float scales[K::kMomenta == 0 ? 1 : K::kMomenta];
 
     __device__ void load(const StepParams& s, int64_t at, int64_t block, int count) {
         logits.load(s.bit_logits, at, count);
 #pragma unroll
-        for (int m = 0; m < K::kMomentaOf; ++m) {
+        for (int m = 0; m < K::kMomenta; ++m) {
             momenta[m].load(s.momenta[m], at, count);
-            if constexpr (K::kIsNarrow) scales[m] = count > 0 ? s.momentum_scales[m][block] : 0.0f;
+            if constexpr (K::kNarrow) scales[m] = count > 0 ? s.momentum_scales[m][block] : 0.0f;
         }
     }
 };
@@ -137,12 +136,12 @@ __device__ float encode(const float (&x)[V], uint32_t key, int64_t at, bool root
 template <class K>
 __device__ void move(const StepParams& s, Row<K>& row, const float (&slope)[K::V], float rate, int64_t at,
                      int64_t block, int count, float (&x)[K::V]) {
-    constexpr int V = K::V, kMomenta = K::kMomentaOf;
+    constexpr int V = K::V, kMomenta = K::kMomenta;
     constexpr uint32_t kFirstKey = kMomentumKeys[0], kSecondKey = kMomentumKeys[1];
     float values[kMomenta == 0 ? 1 : kMomenta][V];
 #pragma unroll
     for (int m = 0; m < kMomenta; ++m) {
-        if constexpr (K::kIsNarrow) {
+        if constexpr (K::kNarrow) {
             decode(row.momenta[m].words, row.scales[m], m == 1, values[m]);
         } else {
             row.momenta[m].get(values[m]);
@@ -168,7 +167,7 @@ __device__ void move(const StepParams& s, Row<K>& row, const float (&slope)[K::V
     row.logits.store(s.bit_logits, at, count);
 #pragma unroll
     for (int m = 0; m < kMomenta; ++m) {
-        if constexpr (K::kIsNarrow) {
+        if constexpr (K::kNarrow) {
             const uint32_t key = s.key ^ (m == 0 ? kFirstKey : kSecondKey);
             const float scale = encode(values[m], key, at, m == 1, row.momenta[m].words);
             if (threadIdx.x % kWarp == 0 && count > 0) s.momentum_scales[m][block] = scale;
@@ -179,12 +178,12 @@ __device__ void move(const StepParams& s, Row<K>& row, const float (&slope)[K::V
     }
 }
 
-template <class T, int kMomenta, bool kNarrow, bool kIsWhole>
-__global__ void __launch_bounds__(kThreads, Kind<T, kMomenta, kNarrow, kIsWhole>::kBlocks)
+template <class T, int M, bool N, bool W>
+__global__ void __launch_bounds__(kThreads, Kind<T, M, N, W>::kBlocks)
     step_kernel(const __grid_constant__ Batch batch) {
-    using K = Kind<T, kMomenta, kNarrow, kIsWhole>;
+    using K = Kind<T, M, N, W>;
     constexpr int V = K::V, kGroup = K::kGroup;
-    constexpr bool kWhole = K::kIsWhole;
+    constexpr bool kWhole = K::kWhole;
     int index = 0;
     while (index + 1 < batch.count && blockIdx.x >= batch.layers[index + 1].first_block) ++index;
     const Layer& layer = batch.layers[index];
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, Kind<T, kMomenta, kNarrow, kIsWhole>
     const int64_t start = (static_cast<int64_t>(blockIdx.x - layer.first_block) * kThreads + threadIdx.x) * V;
     const int count = static_cast<int>(start >= size ? 0 : size - start < V ? size - start : V);
     // All of a warp that shares a block of a momentum are needed.
-    if (!K::kIsNarrow && count == 0) return;
+    if (!K::kNarrow && count == 0) return;
 
     constexpr int kChannels = kWhole ? 1 : V;
     int64_t channels[kChannels] = {};
@@ -263,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, Kind<T, kMomenta, kNarrow, kIsWhole>
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 if (next[v] == 0.0f) continue;
-                total[v] = Instructions::fma(next[v], digit<Instructions>(logits[0][v], logits[1][v], next_rate),
-                                             total[v]);
+                total[v] =
+                    Instructions::fma(next[v], digit<Instructions>(logits[0][v], logits[1][v], next_rate), total[v]);
             }
         }
     }
@@ -304,15 +303,15 @@ bool is_whole(const StepParams& s, int width) {
 template <class K>
 LaunchStatus update(const StepParams* layers, int count, float* scratch, Stream stream) {
     constexpr DType kDType = sizeof(typename K::Logit) == 2 ? DType::bf16 : DType::f32;
-    constexpr int kWidth = Kind<typename K::Logit, K::kMomentaOf, K::kIsNarrow, true>::V;
-    const auto kernel = step_kernel<typename K::Logit, K::kMomentaOf, K::kIsNarrow, K::kIsWhole>;
+    constexpr int kWidth = Kind<typename K::Logit, K::kMomenta, K::kNarrow, true>::V;
+    const auto kernel = step_kernel<typename K::Logit, K::kMomenta, K::kNarrow, K::kWhole>;
     Batch batch{};
     int64_t blocks = 0, most_coefficients = 0;
     for (int i = 0; i < count; scratch += 2 * coefficients_of(layers[i++])) {
         const StepParams& s = layers[i];
         const bool narrow = s.rule.momenta > 0 && s.momentum_scales[0] != nullptr;
-        if (s.before.dtype != kDType || s.rule.momenta != K::kMomentaOf || narrow != K::kIsNarrow ||
-            is_whole(s, kWidth) != K::kIsWhole) {
+        if (s.before.dtype != kDType || s.rule.momenta != K::kMomenta || narrow != K::kNarrow ||
+            is_whole(s, kWidth) != K::kWhole) {
             continue;
         }
         const int64_t own = (weights_of(s) + kThreads * K::V - 1) / (kThreads * K::V);
@@ -329,12 +328,12 @@ LaunchStatus update(const StepParams* layers, int count, float* scratch, Stream 
     return launch(kernel, batch, blocks, most_coefficients, stream);
 }
 
-template <class T, int kMomenta, bool kNarrow>
+template <class T, int M, bool N>
 LaunchStatus update_both(const StepParams* layers, int count, float* scratch, Stream stream) {
-    if (const auto status = update<Kind<T, kMomenta, kNarrow, true>>(layers, count, scratch, stream); status.reason) {
+    if (const auto status = update<Kind<T, M, N, true>>(layers, count, scratch, stream); status.reason) {
         return status;
     }
-    return update<Kind<T, kMomenta, kNarrow, false>>(layers, count, scratch, stream);
+    return update<Kind<T, M, N, false>>(layers, count, scratch, stream);
 }
 
 }  // namespace
