@@ -171,7 +171,7 @@ def assert_momentum(i: int, actual: list[Stepped], exact: list[Stepped], eager: 
     shape = momentum_scale_shape(own[0])
     scales, other_scales = (torch.stack([stepped.momentum_scales[i] for stepped in steps]) for steps in (actual, eager))
     assert scales.shape[1:] == shape
-    flat = (wanted if i == 0 else wanted.sqrt()).flatten(3)
+    flat = (wanted if i == 0 else wanted.sqrt()).reshape(*wanted.shape[:3], -1)
     padded = torch.nn.functional.pad(flat, (0, shape[2] * MOMENTUM_BLOCK - flat.shape[3]))
     largest = padded.unflatten(3, (shape[2], MOMENTUM_BLOCK)).abs().amax(-1)
     assert_within(scales, largest / torch.finfo(NARROW).max, other_scales, name=f"scales of momentum {i}")
