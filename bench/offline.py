@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from unittest import mock
 import torch
 
 from csq_kernels import _native
+from csq_kernels.step import NARROW, Rule, StepLayer, Vectors, momentum_scale_shape
 
 TABLE = Path(__file__).parent / "static" / "kernels.csv"
 TRITON_ARCHITECTURES = (80, 90, 100)
@@ -43,12 +45,18 @@ BULK = {
     "reconstruct_backward_kernel": (3, 2),
     "reconstruct_fwd_kernel": (2, 1),
     "reconstruct_bwd_kernel": (3, 2),
+    "reconstruct_sums_kernel": (3, 0),
+    "reconstruct_products_kernel": (2, 0),
+    "step_scale_sums_kernel": (2, 0),
+    # Logits of both signs, or more with momenta in float32, beside the gradient and the weight.
+    "step_kernel": (3, 3),
     # The planes of a packed weight, an access of 16 bytes each, in the loop and before it.
     "bitserial_mma_kernel": (2, 0),
     "bitserial_fma_kernel": (2, 0),
 }
-# The variant for arrays and rows that do not allow wide accesses.
-NARROW_VARIANT = re.compile(r"^(fp32|bf16|fp16) x1$")
+# The variants for arrays and rows that do not allow wide accesses, of which a step's are named by a last 0; sums have
+# nothing to write in the backward pass.
+NARROW_VARIANT = re.compile(r"^(fp32|bf16|fp16) (x1( [01])?|x\d [01] 0|\w+ sums)$")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -206,7 +214,53 @@ def _reconstruct_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[]
                 module.reconstruct(*arguments)
                 module.reconstruct_backward(arguments[0][0, 0], *arguments)
 
-            yield f"{name} {'channel' if per_channel else 'layer'}", launch
+            variant = f"{name} {'channel' if per_channel else 'layer'}"
+            yield variant, launch
+            if dtype != torch.float16:
+                grad_weight = torch.empty(rows, columns, device="meta")
+                yield f"{variant} sums", functools.partial(module.reconstruct_sums, grad_weight, *arguments)
+
+
+def _step_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield steps of a weight of 4096 x 4096, float32 beside logits of either dtype; and the sums of fixed gates."""
+    planes, shape = 8, (4096, 4096)
+    rules = {
+        "plain": Rule.sgd(1, 0.1, 0.0, 0.0, False, False),
+        "sgd": Rule.sgd(1, 0.1, 0.9, 0.0, False, False),
+        "adam": Rule.adam(1, 0.1, (0.9, 0.999), 1e-8, False),
+    }
+    for name in ("fp32", "bf16"):
+        logits = torch.empty(2, planes, *shape, dtype=DTYPES[name], device="meta")
+        for (rule_name, rule), narrow, per_channel in itertools.product(rules.items(), (False, True), (False, True)):
+            if narrow and rule.momenta == 0:
+                continue
+            momentum = torch.empty(logits.shape, dtype=NARROW if narrow else torch.float32, device="meta")
+            scales = torch.empty(momentum_scale_shape(logits), device="meta")
+            gates = torch.empty((planes, shape[0]) if per_channel else (planes,), device="meta")
+            vectors = Vectors(gates, gates[0], torch.empty((), device="meta"))
+            layer = StepLayer(
+                weight=torch.empty(shape, device="meta"),
+                grad_weight=torch.empty(shape, device="meta"),
+                bit_logits=logits,
+                before=vectors,
+                after=vectors,
+                bits=tuple(range(planes)),
+                n_bits=planes,
+                channel_axis=0,
+                hard_gates=rule.momenta == 0,
+                rule=rule,
+                momenta=(momentum,) * rule.momenta,
+                momentum_scales=(scales,) * (rule.momenta if narrow else 0),
+                key=0,
+            )
+
+            def launch(layer: StepLayer = layer) -> None:
+                module.step_update([layer])
+                if layer.hard_gates:
+                    module.step_sums(layer)
+
+            words = [name, rule_name, *["narrow"] * narrow, "channel" if per_channel else "layer"]
+            yield " ".join(words), launch
 
 
 def _bitserial_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -231,7 +285,11 @@ def _bitserial_variants(module: ModuleType) -> Iterator[tuple[str, Callable[[], 
 
 
 # Of each Triton module of the backends: calls that launch every kernel, on tensors without memory.
-TRITON_VARIANTS = {"triton_reconstruct": _reconstruct_variants, "triton_bitserial": _bitserial_variants}
+TRITON_VARIANTS = {
+    "triton_reconstruct": _reconstruct_variants,
+    "triton_step": _step_variants,
+    "triton_bitserial": _bitserial_variants,
+}
 
 
 def _launches(module: ModuleType, launch: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:
@@ -268,7 +326,7 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = pointers[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        elif value is None or parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, float):

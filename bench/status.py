@@ -82,6 +82,7 @@ STEP = {"op": "csq_linear", "provider": "csq", "shape": [8192, 4096, 4096], "dty
 LAUNCH = {"op": "reconstruct_launch", "provider": "csq"}
 PACKED = {"op": "bitserial_linear", "provider": "cuda", "shape": [8192, 8192], "dtype": "float16"}
 PACKED_MICROSECONDS = {1: 6.0, 2: 9.0, 3: 11.5, 4: 14.5, 6: 20.0, 8: 26.0}
+SINGLE_PASS = {"op": "step", "provider": "single-pass", "shape": [4096, 4096], "n_bits": 8}
 LARGE = 16 << 20
 
 CLAIMS = [
@@ -100,6 +101,10 @@ CLAIMS = [
           at_least=False, fewest_weights=LARGE),
     Claim("CSQLinear step over nn.Linear's, 8192 tokens, 4096x4096, bf16", 1.5, STEP, lambda row, _: row["times_float"],
           at_least=False),
+    Claim("single-pass step, share of copy bandwidth, 4096x4096", 0.85, SINGLE_PASS,
+          lambda row, _: row["share_of_floor"]),
+    Claim("single-pass step, times faster than separate kernels and fused SGD, 4096x4096", 2.0, SINGLE_PASS,
+          over("separate")),
     *(Claim(f"packed 8192x8192, fp16, batch 1, {bits} bits, microseconds", target,
             {**PACKED, "bits": bits, "batch": 1}, microseconds, at_least=False)
       for bits, target in PACKED_MICROSECONDS.items()),

@@ -2,7 +2,6 @@
 // integers, and sizes, which are checked once more.
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -10,6 +9,7 @@
 #include "bindings.h"
 #include "core/bitserial_emulation.h"
 #include "cuda/bitserial.h"
+#include "cuda_launch.h"
 
 namespace csq::python {
 namespace {
@@ -120,15 +120,6 @@ BitserialWeight parse_weight(Address source, Address step, Address output, int64
     return params;
 }
 #ifdef CSQ_WITH_CUDA
-cuda::Stream stream_of(Address address) { return reinterpret_cast<cuda::Stream>(address); }
-
-// Reported as RuntimeError.
-void require_launched(const cuda::LaunchStatus& status) {
-    if (status.reason != nullptr) {
-        throw std::runtime_error("expected " + std::string(status.kernel) + " to launch, got " + status.reason);
-    }
-}
-
 void prepare(Address input, Address prepared, Address steps, int64_t batch, int64_t columns, const std::string& dtype,
              const std::string& arithmetic, Address stream) {
     require_product("batch * columns", {batch, columns});

@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "reconstruct_params.h"
 #ifdef CSQ_WITH_CUDA
 #include "cuda/reconstruct.h"
+#include "cuda_launch.h"
 #endif
 
 namespace csq::python {
@@ -81,17 +81,6 @@ void bind(py::module_& m, const std::string& prefix, const char* place_name, For
           "Doubles of scratch that the backward pass needs for this shape.", py::arg("outer"), py::arg("channels"),
           py::arg("inner"), py::arg("planes"));
 }
-
-#ifdef CSQ_WITH_CUDA
-cuda::Stream stream_of(Address address) { return reinterpret_cast<cuda::Stream>(address); }
-
-// Reported as RuntimeError.
-void require_launched(const cuda::LaunchStatus& status) {
-    if (status.reason != nullptr) {
-        throw std::runtime_error("expected " + std::string(status.kernel) + " to launch, got " + status.reason);
-    }
-}
-#endif
 
 }  // namespace
 

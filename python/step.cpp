@@ -11,6 +11,11 @@
 #include "cpu/reconstruct.h"
 #include "cpu/step.h"
 #include "reconstruct_params.h"
+#ifdef CSQ_WITH_CUDA
+#include "cuda/reconstruct.h"
+#include "cuda/step.h"
+#include "cuda_launch.h"
+#endif
 
 namespace csq::python {
 namespace {
@@ -64,8 +69,9 @@ StepParams make_layer(Address bit_logits, const Vectors& before, const Vectors& 
     return layer;
 }
 
-void step_sums(const StepParams& layer, Address grad_gate_logits, Address grad_scale, Address scratch, int threads) {
-    require_from("threads", threads, 1);
+// What step_sums writes to; sums is where it adds up, none without planes.
+ReconstructGradients parse_sums(const StepParams& layer, Address grad_gate_logits, Address grad_scale, Address scratch,
+                                double*& sums) {
     if (layer.weight_dtype != DType::f32 && layer.weight_dtype != layer.before.dtype) {
         fail("weight_dtype", "as float32 or that of the logits", "another");
     }
@@ -73,21 +79,48 @@ void step_sums(const StepParams& layer, Address grad_gate_logits, Address grad_s
     gradients.grad_weight = layer.grad_weight;
     gradients.grad_weight_dtype = layer.weight_dtype;
     gradients.grad_scale = array<float>("grad_scale", grad_scale);
-    double* sums = nullptr;
+    sums = nullptr;
     if (layer.before.planes > 0) {
         gradients.grad_gate_logits = array<float>("grad_gate_logits", grad_gate_logits);
         sums = array<double>("scratch", scratch);
     }
+    return gradients;
+}
+
+void require_float32_weight(const StepParams& layer) {
+    if (layer.weight_dtype != DType::f32) fail("weight_dtype", "as float32", "another");
+}
+
+void step_sums(const StepParams& layer, Address grad_gate_logits, Address grad_scale, Address scratch, int threads) {
+    require_from("threads", threads, 1);
+    double* sums;
+    const auto gradients = parse_sums(layer, grad_gate_logits, grad_scale, scratch, sums);
     cpu::reconstruct_backward(layer.before, gradients, sums, threads);
 }
 
 void step_scale_sums(const StepParams& layer, Address grad_scale, Address scratch, int threads) {
     require_from("threads", threads, 1);
-    if (layer.weight_dtype != DType::f32) fail("weight_dtype", "as float32", "another");
+    require_float32_weight(layer);
     cpu::step_scale_sums(layer.before, static_cast<const float*>(layer.grad_weight),
                          static_cast<const float*>(layer.weight), array<float>("grad_scale", grad_scale),
                          array<double>("scratch", scratch), threads);
 }
+
+#ifdef CSQ_WITH_CUDA
+void cuda_step_sums(const StepParams& layer, Address grad_gate_logits, Address grad_scale, Address scratch,
+                    Address stream) {
+    double* sums;
+    const auto gradients = parse_sums(layer, grad_gate_logits, grad_scale, scratch, sums);
+    require_launched(cuda::reconstruct_backward(layer.before, gradients, sums, stream_of(stream)));
+}
+
+void cuda_step_scale_sums(const StepParams& layer, Address grad_scale, Address scratch, Address stream) {
+    require_float32_weight(layer);
+    require_launched(cuda::reconstruct_scale_gradient(
+        layer.before, static_cast<const float*>(layer.grad_weight), static_cast<const float*>(layer.weight),
+        array<float>("grad_scale", grad_scale), array<double>("scratch", scratch), stream_of(stream)));
+}
+#endif
 
 }  // namespace
 
@@ -119,6 +152,30 @@ void bind_step(py::module_& m) {
         },
         py::call_guard<py::gil_scoped_release>(), "Logits, momenta and weights of all layers, in place.",
         py::arg("layers"), py::arg("threads"));
+#ifdef CSQ_WITH_CUDA
+    m.def("cuda_step_sums", &cuda_step_sums, py::call_guard<py::gil_scoped_release>(),
+          "Equations (5) and (6); scratch holds as many doubles as cuda_reconstruct_scratch_size says.",
+          py::arg("layer"), py::arg("grad_gate_logits"), py::arg("grad_scale"), py::arg("scratch"), py::arg("stream"));
+    m.def("cuda_step_scale_sums", &cuda_step_scale_sums, py::call_guard<py::gil_scoped_release>(),
+          "Equation (6) from the weight, for any scale; scratch holds as many doubles as cuda_reconstruct_scratch_size "
+          "says for one plane.",
+          py::arg("layer"), py::arg("grad_scale"), py::arg("scratch"), py::arg("stream"));
+    m.def(
+        "cuda_step_scratch_size",
+        [](const std::vector<StepParams>& layers) {
+            return cuda::step_scratch_size(layers.data(), static_cast<int>(layers.size()));
+        },
+        "Floats of scratch that cuda_step_update needs.", py::arg("layers"));
+    m.def(
+        "cuda_step_update",
+        [](const std::vector<StepParams>& layers, Address scratch, Address stream) {
+            require_launched(cuda::step_update(layers.data(), static_cast<int>(layers.size()),
+                                               array<float>("scratch", scratch), stream_of(stream)));
+        },
+        py::call_guard<py::gil_scoped_release>(),
+        "Logits, momenta and weights of all layers of a device, in place; scratch as cuda_step_scratch_size says.",
+        py::arg("layers"), py::arg("scratch"), py::arg("stream"));
+#endif
 }
 
 }  // namespace csq::python

@@ -137,7 +137,8 @@ def test_claims_that_compare_lines(status: ModuleType) -> None:
     three = line(n_bits=3, seconds={"median": 0.45, "p20": 0.4, "p80": 0.5})
     step = line(op="csq_linear", mode="forward+backward", shape=[8192, 4096, 4096], dtype="bfloat16", times_float=1.25)
     launch = line(op="reconstruct_launch", shape=[64, 64], seconds_beyond_empty=2e-6)
-    rows = [line(), both, three, step, launch]
+    single = line(op="step", provider="single-pass", share_of_floor=0.8, speedup_over={"separate": 2.5})
+    rows = [line(), both, three, step, launch, single]
     values = {c.text: status.standing(c, rows) for c in status.CLAIMS if not c.text.startswith("packed")}
     words = {text: (each.word, each.value and round(each.value, 3)) for text, each in values.items()}
     assert words == {
@@ -151,6 +152,8 @@ def test_claims_that_compare_lines(status: ModuleType) -> None:
         "extra memory over that of the logits": ("holds", 0.0),
         "3 planes of 8, forward: time over 3/8 of the whole": ("OPEN: missed", 1.2),
         "CSQLinear step over nn.Linear's, 8192 tokens, 4096x4096, bf16": ("holds", 1.25),
+        "single-pass step, share of copy bandwidth, 4096x4096": ("OPEN: missed", 0.8),
+        "single-pass step, times faster than separate kernels and fused SGD, 4096x4096": ("holds", 2.5),
     }
 
 
@@ -179,5 +182,5 @@ def test_report_names_commit_and_what_is_open(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, BENCH / "status.py", tmp_path], check=True, capture_output=True, text=True)
     first, *_, last = done.stdout.splitlines()
     assert "holds: 0.95 at commit abc, 4096x4096 float32, 2026-01-01" in first
-    assert done.stdout.count("OPEN: never measured") == 16
-    assert last == "16 of 18 claims are open"
+    assert done.stdout.count("OPEN: never measured") == 18
+    assert last == "18 of 20 claims are open"

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = ("interpreted_triton.py", "interpreted_triton_bitserial.py")
+CASES = ("interpreted_triton.py", "interpreted_triton_bitserial.py", "interpreted_triton_step.py")
 
 
 def _release(package: str) -> tuple[int, ...]:

@@ -50,8 +50,44 @@ def _gates(u, beta, HARD_GATES: tl.constexpr):
         return _sigmoid(beta * u)
 
 
-# The set bits of `bits` are the exponents of the stored planes, lowest first: `rest & -rest` is 2^b of the next plane.
-# Neither that set nor its size is a constant of the kernels, so dropping a plane compiles nothing.
+# Equation (3) but for its last factor: the sum of 2^b G_b (P_b - N_b) over the planes whose exponents are set in
+# `bits`, lowest first: `rest & -rest` is 2^b of the next one. Planes whose gate is 0 in the whole tile are not read.
+@triton.jit
+def _total(
+    p_bit_logits,
+    p_gate_logits,
+    beta,
+    bits,
+    planes,
+    o_plane,
+    o_gate,
+    m_row,
+    m_tile,
+    plane_stride,
+    sign_stride,
+    gate_plane_stride,
+    HARD_GATES: tl.constexpr,
+):
+    rate = _exponent_rate(beta)
+    b_total = tl.zeros(m_tile.shape, tl.float32)
+    rest = bits
+    for _ in range(planes):
+        b_logit = tl.load(p_gate_logits + o_gate, mask=m_row, other=0.0).to(tl.float32)
+        b_gate = _gates(b_logit, beta, HARD_GATES)  # [BR, 1]
+        m_open = m_row & (b_gate != 0.0)
+        if tl.max(tl.max(m_open.to(tl.int32), 1), 0) != 0:
+            m_read = m_tile & m_open
+            b_p = tl.load(p_bit_logits + o_plane, mask=m_read, other=0.0).to(tl.float32)
+            b_q = tl.load(p_bit_logits + sign_stride + o_plane, mask=m_read, other=0.0).to(tl.float32)
+            b_power = (rest & -rest).to(tl.float32) * b_gate
+            b_total += b_power * _digit(b_p, b_q, rate)
+        rest = rest & (rest - 1)
+        o_plane += plane_stride
+        o_gate += gate_plane_stride
+    return b_total
+
+
+# Neither the set of exponents nor its size is a constant of the kernels, so dropping a plane compiles nothing.
 @triton.jit(do_not_specialize=["bits", "planes", "levels"])
 def reconstruct_fwd_kernel(
     p_bit_logits,
@@ -84,32 +120,29 @@ def reconstruct_fwd_kernel(
     o_weight = i_row * inner + i_column  # [BR, BI]
 
     beta = tl.load(p_temperature).to(tl.float32)
-    rate = _exponent_rate(beta)
-    b_total = tl.zeros([BR, BI], tl.float32)
-    o_plane = o_weight
-    o_gate = i_channel * gate_channel_stride
-    rest = bits
-    for _ in range(planes):
-        b_logit = tl.load(p_gate_logits + o_gate, mask=m_row, other=0.0).to(tl.float32)
-        b_gate = _gates(b_logit, beta, HARD_GATES)  # [BR, 1]
-        m_open = m_row & (b_gate != 0.0)
-        if tl.max(tl.max(m_open.to(tl.int32), 1), 0) != 0:
-            m_read = m_tile & m_open
-            b_p = tl.load(p_bit_logits + o_plane, mask=m_read, other=0.0).to(tl.float32)
-            b_q = tl.load(p_bit_logits + sign_stride + o_plane, mask=m_read, other=0.0).to(tl.float32)
-            b_power = (rest & -rest).to(tl.float32) * b_gate
-            b_total += b_power * _digit(b_p, b_q, rate)
-        rest = rest & (rest - 1)
-        o_plane += plane_stride
-        o_gate += gate_plane_stride
-
+    b_total = _total(
+        p_bit_logits,
+        p_gate_logits,
+        beta,
+        bits,
+        planes,
+        o_weight,
+        i_channel * gate_channel_stride,
+        m_row,
+        m_tile,
+        plane_stride,
+        sign_stride,
+        gate_plane_stride,
+        HARD_GATES,
+    )
     b_scale = tl.load(p_scale + i_channel * scale_stride, mask=m_row, other=0.0).to(tl.float32)
     # Correctly rounded, or decided bits would not give equation (7) bit for bit.
     b_step = tl.div_rn(b_scale, tl.zeros([BR, 1], tl.float32) + levels)
     tl.store(p_weight + o_weight, (b_step * b_total).to(p_weight.dtype.element_ty), mask=m_tile)
 
 
-# Logit gradients, and per tile row and plane the partial sum T of D (P - N) from which (5) and (6) follow.
+# Logit gradients unless p_grad_bits is None, and per tile row and plane the partial sum T of D (P - N) from which (5)
+# and (6) follow.
 @triton.jit(do_not_specialize=["bits", "planes", "levels"])
 def reconstruct_bwd_kernel(
     p_grad_weight,
@@ -161,8 +194,9 @@ def reconstruct_bwd_kernel(
         b_logit = tl.load(p_gate_logits + o_gate, mask=m_row, other=0.0).to(tl.float32)
         b_gate = _gates(b_logit, beta, HARD_GATES)  # [BR, 1]
         m_open = m_row & (b_gate != 0.0)
-        b_grad_p = tl.zeros([BR, BI], tl.float32)
-        b_grad_q = tl.zeros([BR, BI], tl.float32)
+        if p_grad_bits is not None:
+            b_grad_p = tl.zeros([BR, BI], tl.float32)
+            b_grad_q = tl.zeros([BR, BI], tl.float32)
         b_sum = tl.zeros([BR, 1], tl.float64)
         if tl.max(tl.max(m_open.to(tl.int32), 1), 0) != 0:
             m_read = m_tile & m_open
@@ -170,15 +204,17 @@ def reconstruct_bwd_kernel(
             b_q = tl.load(p_bit_logits + sign_stride + o_plane, mask=m_read, other=0.0).to(tl.float32)
             b_p = _soft_bit(b_p, rate)
             b_q = _soft_bit(b_q, rate)
-            b_factor = b_slope * ((rest & -rest).to(tl.float32) * b_gate)
-            b_grad_p = b_factor * b_p * (1.0 - b_p)
-            b_grad_q = -b_factor * b_q * (1.0 - b_q)
+            if p_grad_bits is not None:
+                b_factor = b_slope * ((rest & -rest).to(tl.float32) * b_gate)
+                b_grad_p = b_factor * b_p * (1.0 - b_p)
+                b_grad_q = -b_factor * b_q * (1.0 - b_q)
             # fp32 for the few neighbours that a thread holds, fp64 from there on; the order follows from the tile.
             b_terms = tl.reshape(b_grad * (b_p - b_q), [BR, BI // RUN, RUN])
             b_sum = tl.sum(tl.sum(b_terms, axis=2).to(tl.float64), axis=1)[:, None]
-        dtype = p_grad_bits.dtype.element_ty
-        tl.store(p_grad_bits + o_plane, b_grad_p.to(dtype), mask=m_tile)
-        tl.store(p_grad_bits + sign_stride + o_plane, b_grad_q.to(dtype), mask=m_tile)
+        if p_grad_bits is not None:
+            dtype = p_grad_bits.dtype.element_ty
+            tl.store(p_grad_bits + o_plane, b_grad_p.to(dtype), mask=m_tile)
+            tl.store(p_grad_bits + sign_stride + o_plane, b_grad_q.to(dtype), mask=m_tile)
         tl.store(p_partial + o_partial, b_sum, mask=m_row)
         rest = rest & (rest - 1)
         o_plane += plane_stride
@@ -348,8 +384,41 @@ def reconstruct_backward(
             grad_weight, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates
         )
     grad_bits = bit_logits.new_empty(bit_logits.shape)
+    vectors = gate_logits, scale, temperature
+    sums = _backward(grad_weight, bit_logits, grad_bits, *vectors, bits, n_bits, channel_axis, hard_gates)
+    return grad_bits, *sums
+
+
+def reconstruct_sums(
+    grad_weight: Tensor,
+    bit_logits: Tensor,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> tuple[Tensor, Tensor]:
+    """Equations (5) and (6) alone, for a gradient of any dtype; the same bits as from ``reconstruct_backward``."""
+    vectors = gate_logits, scale, temperature
+    return _backward(grad_weight, bit_logits, None, *vectors, bits, n_bits, channel_axis, hard_gates)
+
+
+def _backward(
+    grad_weight: Tensor,
+    bit_logits: Tensor,
+    grad_bits: Tensor | None,
+    gate_logits: Tensor,
+    scale: Tensor,
+    temperature: Tensor,
+    bits: Sequence[int],
+    n_bits: int,
+    channel_axis: int,
+    hard_gates: bool,
+) -> tuple[Tensor, Tensor]:
     if grad_weight.numel() == 0:
-        return grad_bits, gate_logits.new_zeros(gate_logits.shape), scale.new_zeros(scale.shape)
+        return gate_logits.new_zeros(gate_logits.shape), scale.new_zeros(scale.shape)
     plan = _plan(bit_logits, gate_logits, scale, bits, n_bits, channel_axis)
     partials = plan.outer * plan.column_blocks
     partial_stride = partials * plan.channels
@@ -398,4 +467,4 @@ def reconstruct_backward(
         grad_gates = grad_gates.sum(1)
     if scale.ndim == 0:
         grad_scale = grad_scale.sum()
-    return grad_bits, grad_gates.to(gate_logits.dtype), grad_scale.to(scale.dtype)
+    return grad_gates.to(gate_logits.dtype), grad_scale.to(scale.dtype)

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/host_device.h"
+
 namespace csq {
 
 struct bf16 {
@@ -14,12 +16,12 @@ struct f16 {
     uint16_t bits;
 };
 
-inline uint32_t float_bits(float x) {
+CSQ_HD uint32_t float_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     return bits;
 }
-inline float bits_float(uint32_t bits) {
+CSQ_HD float bits_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof(x));
     return x;

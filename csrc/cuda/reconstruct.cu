@@ -1,15 +1,11 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "core/soft_bits.h"
+#include "cuda/elements.h"
 #include "cuda/reconstruct.h"
 #include "cuda/tiling.h"
 
 namespace csq::cuda {
 namespace {
 
-constexpr int kAccessBytes = 16;
 // Planes whose loads a thread issues before it uses the first.
 constexpr int kGroup = 4;
 // Blocks that a multiprocessor holds at least. They and its 65536 registers bound each other; together with the group
@@ -19,81 +15,8 @@ constexpr int kBackwardBlocks = 2;
 // Blocks that share the channels of one gradient.
 constexpr int64_t kMaxFinishRows = 64;
 
-// What core/soft_bits.h asks for.
-struct Instructions {
-    static __device__ float exp2(float x) {
-        float y;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-    }
-    static __device__ float reciprocal(float x) {
-        float y;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-    }
-    static __device__ float smaller(float x, float y) {
-        float z;
-        asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-        return z;
-    }
-    static __device__ float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
-};
-
-// A register of one or two elements, and their values.
-template <class T>
-struct Word;
-template <>
-struct Word<float> {
-    static __device__ void widen(uint32_t bits, float* x) { *x = __uint_as_float(bits); }
-    static __device__ uint32_t narrow(const float* x) { return __float_as_uint(*x); }
-};
-template <>
-struct Word<__nv_bfloat16> {
-    static __device__ void widen(uint32_t bits, float* x) {
-        x[0] = __uint_as_float(bits << 16);
-        x[1] = __uint_as_float(bits & 0xffff0000u);
-    }
-    static __device__ uint32_t narrow(const float* x) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
-        return reinterpret_cast<const uint32_t&>(pair);
-    }
-};
-template <>
-struct Word<__half> {
-    static __device__ void widen(uint32_t bits, float* x) {
-        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(bits));
-        x[0] = pair.x;
-        x[1] = pair.y;
-    }
-    static __device__ uint32_t narrow(const float* x) {
-        const __half2 pair = __floats2half2_rn(x[0], x[1]);
-        return reinterpret_cast<const uint32_t&>(pair);
-    }
-};
-
-// V elements that move in one access: 16 bytes of them, or one.
-template <class T, int V>
-struct Vector {
-    uint4 bits;
-
-    __device__ void get(float (&x)[V]) const {
-        Word<T>::widen(bits.x, x);
-        Word<T>::widen(bits.y, x + V / 4);
-        Word<T>::widen(bits.z, x + V / 2);
-        Word<T>::widen(bits.w, x + V / 4 * 3);
-    }
-    static __device__ Vector of(const float (&x)[V]) {
-        return {{Word<T>::narrow(x), Word<T>::narrow(x + V / 4), Word<T>::narrow(x + V / 2),
-                 Word<T>::narrow(x + V / 4 * 3)}};
-    }
-};
-template <class T>
-struct Vector<T, 1> {
-    T element;
-
-    __device__ void get(float (&x)[1]) const { x[0] = static_cast<float>(element); }
-    static __device__ Vector of(const float (&x)[1]) { return {static_cast<T>(x[0])}; }
-};
+// Whether to read the logits rather than divide the weight by this scale.
+__device__ bool too_small(float scale) { return !(fabsf(scale) >= 0x1p-64f); }
 
 __host__ __device__ int gate_rows(const ReconstructParams& p, const Tiling& tiling) {
     return p.gates_per_channel ? tiling.block_rows() : 1;
@@ -164,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
                 group.negative[g].get(negative);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
-                    total[v] += group.power[g] * digit<Instructions>(positive[v], negative[v], rate);
+                    const float difference = digit<Instructions>(positive[v], negative[v], rate);
+                    total[v] = Instructions::fma(group.power[g], difference, total[v]);
                 }
             }
         }
@@ -174,13 +98,35 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     }
 }
 
-// Logit gradients, and T = sum of D (P - N) per plane, summed row and column block, from which (5) and (6) follow.
-// A thread adds the terms of one access in fp32; everything from there on is added in fp64, in fixed order.
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    reconstruct_backward_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
-                                const Vector<T, V>* __restrict__ grad_weight, Vector<T, V>* __restrict__ grad_bits,
-                                double* __restrict__ partial) {
+// partial[planes, summed rows, column blocks] of sums[planes, kThreads], which the threads of a block have filled: a
+// sum per plane and row of the block, each made by as many neighbours as share a row and a warp.
+__device__ void sum_rows(const Tiling& tiling, const Place& place, int planes, const double* sums, double* partial) {
+    __syncthreads();
+    const int group = min(tiling.lanes, kWarp);
+    const int rows = tiling.block_rows();
+    for (int first = 0; first < planes * rows; first += kThreads / group) {
+        const int i = first + static_cast<int>(threadIdx.x) / group;
+        const int lane = static_cast<int>(threadIdx.x) % group;
+        double sum = 0.0;
+        if (i < planes * rows) {
+            for (int j = lane; j < tiling.lanes; j += group) sum += sums[i * tiling.lanes + j];
+        }
+        for (int other = group / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+        const int64_t block_row = i % rows;
+        const bool exists = i < planes * rows && place.first_row % tiling.slab + block_row < tiling.slab;
+        if (lane == 0 && exists) {
+            const int64_t row = i / rows * tiling.summed_rows() + place.summed_row + block_row;
+            partial[row * tiling.column_blocks + place.column_block] = sum;
+        }
+    }
+}
+
+// Logit gradients if kWithLogits, and T = sum of D (P - N) per plane, summed row and column block, from which (5) and
+// (6) follow. A thread adds the terms of one access in fp32; everything from there on is added in fp64, in fixed order.
+template <class T, int V, class D, bool kWithLogits>
+__device__ __forceinline__ void backward_block(const ReconstructParams& p, const Tiling& tiling,
+                                               const D* __restrict__ grad_weight, Vector<T, V>* __restrict__ grad_bits,
+                                               double* __restrict__ partial) {
     extern __shared__ double sums[];  // [planes, kThreads]: each thread adds to its own
     for (int plane = 0; plane < p.planes; ++plane) sums[plane * kThreads + threadIdx.x] = 0.0;
     float* powers = reinterpret_cast<float*>(sums + p.planes * kThreads);
@@ -198,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     int64_t start = place.at;
 #pragma unroll 1
     for (int i = 0; i < place.steps; ++i, start += tiling.stride()) {
-        const Vector<T, V> packed = grad_weight[start];
+        Elements<D, V, true> packed;
+        packed.load(grad_weight, start * V, V);
         float grad[V];
         packed.get(grad);
         int64_t at = start;
@@ -225,31 +172,78 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
                     }
                     sums[(first + g) * kThreads + threadIdx.x] += static_cast<double>(sum);
                 }
-                grad_bits[at + g * plane_stride] = Vector<T, V>::of(positive);
-                grad_bits[at + g * plane_stride + sign_stride] = Vector<T, V>::of(negative);
+                if constexpr (kWithLogits) {
+                    grad_bits[at + g * plane_stride] = Vector<T, V>::of(positive);
+                    grad_bits[at + g * plane_stride + sign_stride] = Vector<T, V>::of(negative);
+                }
             }
         }
     }
-    __syncthreads();
+    sum_rows(tiling, place, p.planes, sums, partial);
+}
 
-    // A sum per plane and row of the block, each made by as many neighbours as share a row and a warp.
-    const int group = min(tiling.lanes, kWarp);
-    const int rows = tiling.block_rows();
-    for (int first = 0; first < p.planes * rows; first += kThreads / group) {
-        const int i = first + static_cast<int>(threadIdx.x) / group;
-        const int lane = static_cast<int>(threadIdx.x) % group;
-        double sum = 0.0;
-        if (i < p.planes * rows) {
-            for (int j = lane; j < tiling.lanes; j += group) sum += sums[i * tiling.lanes + j];
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+    reconstruct_backward_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
+                                const T* __restrict__ grad_weight, Vector<T, V>* __restrict__ grad_bits,
+                                double* __restrict__ partial) {
+    backward_block<T, V, T, true>(p, tiling, grad_weight, grad_bits, partial);
+}
+// The sums alone, for a gradient in the dtype of the logits or in fp32.
+template <class T, int V, bool kFloatGradient>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+    reconstruct_sums_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
+                            const void* __restrict__ grad_weight, double* __restrict__ partial) {
+    using D = std::conditional_t<kFloatGradient, float, T>;
+    backward_block<T, V, D, false>(p, tiling, static_cast<const D*>(grad_weight), nullptr, partial);
+}
+
+// Sums of D W per summed row and column block, from which (6) follows, for a weight and a gradient in fp32; where the
+// scale is too small to divide by, of D W (2^n - 1) / s, from the logits. Gates are hard.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+    reconstruct_products_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
+                                const float* __restrict__ grad_weight, const float* __restrict__ weight,
+                                double* __restrict__ partial) {
+    __shared__ double sums[kThreads];
+    double own = 0.0;
+    const Place place(tiling, blockIdx.x, threadIdx.x);
+    const int64_t channel = (place.first_row + place.block_row) % p.channels;
+    const bool small = too_small(p.scale[p.scale_per_channel ? channel : 0]);
+    const float rate = exponent_rate(*p.temperature);
+    const int64_t plane_stride = tiling.rows * p.inner;
+    int64_t at = place.at * V;
+#pragma unroll 1
+    for (int i = 0; i < place.steps; ++i, at += tiling.stride() * V) {
+        Elements<float, V, true> packed_grad, packed_weight;
+        packed_grad.load(grad_weight, at, V);
+        packed_weight.load(weight, at, V);
+        float grad[V], value[V];
+        packed_grad.get(grad);
+        packed_weight.get(value);
+        if (small) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) value[v] = 0.0f;
+            const T* logits = static_cast<const T*>(p.bit_logits) + at;
+#pragma unroll 1
+            for (int b = 0; b < p.planes; ++b, logits += plane_stride) {
+                if (!(p.gate_logits[p.gates_per_channel ? b * p.channels + channel : b] > 0.0f)) continue;
+                const T* negative = logits + p.planes * plane_stride;
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                    const float difference =
+                        digit<Instructions>(static_cast<float>(logits[v]), static_cast<float>(negative[v]), rate);
+                    value[v] = Instructions::fma(static_cast<float>(1 << p.bits[b]), difference, value[v]);
+                }
+            }
         }
-        for (int other = group / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-        const int64_t block_row = i % rows;
-        const bool exists = i < p.planes * rows && place.first_row % tiling.slab + block_row < tiling.slab;
-        if (lane == 0 && exists) {
-            const int64_t row = i / rows * tiling.summed_rows() + place.summed_row + block_row;
-            partial[row * tiling.column_blocks + place.column_block] = sum;
-        }
+        float sum = 0.0f;
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum += grad[v] * value[v];
+        own += static_cast<double>(sum);
     }
+    sums[threadIdx.x] = own;
+    sum_rows(tiling, place, 1, sums, partial);
 }
 
 // The sum over the block's threads, in fixed order, for all of them.
@@ -271,15 +265,15 @@ int total_threads(const ReconstructParams& p, const Tiling& tiling) {
 
 // totals[planes, channels] = T summed over column blocks and over the summed rows of a channel, by `team` threads each.
 __global__ void __launch_bounds__(kThreads)
-    reconstruct_totals_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
-                              int team, const double* __restrict__ partial, double* __restrict__ totals) {
+    reconstruct_totals_kernel(int planes, int64_t channels, const __grid_constant__ Tiling tiling, int team,
+                              const double* __restrict__ partial, double* __restrict__ totals) {
     const int64_t total = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
-    if (total >= p.planes * p.channels) return;
-    const int64_t first = total / p.channels * tiling.summed_rows() + total % p.channels;
-    const int64_t count = tiling.summed_rows() / p.channels * tiling.column_blocks;
+    if (total >= planes * channels) return;
+    const int64_t first = total / channels * tiling.summed_rows() + total % channels;
+    const int64_t count = tiling.summed_rows() / channels * tiling.column_blocks;
     double sum = 0.0;
     for (int64_t i = threadIdx.x % team; i < count; i += team) {
-        const int64_t row = first + i / tiling.column_blocks * p.channels;
+        const int64_t row = first + i / tiling.column_blocks * channels;
         sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
     }
     if (team == kThreads) {
@@ -291,11 +285,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Equation (5) in the first p.planes columns of blocks, a plane each; equation (6) in the last. Where every channel has
-// a gradient of its own, the blocks of a column share the channels; else its first block adds them up.
+// a gradient of its own, the blocks of a column share the channels; else its first block adds them up. With kOfWeight
+// there is (6) alone, and the totals are those of reconstruct_products_kernel.
+template <bool kOfWeight>
 __global__ void __launch_bounds__(kThreads, 1)
     reconstruct_finish_kernel(const __grid_constant__ ReconstructParams p, const double* __restrict__ totals,
                               float* __restrict__ grad_gate_logits, float* __restrict__ grad_scale) {
-    const int plane = blockIdx.x;
+    const int plane = kOfWeight ? p.planes : blockIdx.x;
     const bool is_scale = plane == p.planes;
     const bool per_channel = is_scale ? p.scale_per_channel : p.gates_per_channel;
     if (!per_channel && blockIdx.y > 0) return;
@@ -305,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     // Those of the layer are computed once, not for each channel again.
     __shared__ double layer_gates[kMaxPlanes];
-    if (!p.gates_per_channel) {
+    if (!kOfWeight && !p.gates_per_channel) {
         if (threadIdx.x < p.planes) layer_gates[threadIdx.x] = gate_at(threadIdx.x, 0);
         __syncthreads();
     }
@@ -317,7 +313,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t channel = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; channel < p.channels;
          channel += stride) {
         double value = 0.0;
-        if (is_scale) {
+        if constexpr (kOfWeight) {
+            const float scale = p.scale[p.scale_per_channel ? channel : 0];
+            value = totals[channel] * (too_small(scale) ? unit : 1.0 / static_cast<double>(scale));
+        } else if (is_scale) {
 #pragma unroll 1
             for (int b = 0; b < p.planes; ++b) {
                 const double gate = p.gates_per_channel ? gate_at(b, channel) : layer_gates[b];
@@ -338,13 +337,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) *gradient = static_cast<float>(sum);
 }
 
-LaunchStatus launched(const char* kernel) {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? LaunchStatus{} : LaunchStatus{kernel, cudaGetErrorString(error)};
-}
-
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kAccessBytes == 0; }
-
 template <class T, int V>
 LaunchStatus launch_forward(const ReconstructParams& p, void* weight, Stream stream) {
     const Tiling tiling(p.outer, p.channels, p.inner, V);
@@ -354,7 +346,27 @@ LaunchStatus launch_forward(const ReconstructParams& p, void* weight, Stream str
     return launched("reconstruct_forward_kernel");
 }
 
-template <class T, int V>
+// totals[planes, channels] of partial[planes, summed rows, column blocks].
+LaunchStatus launch_totals(const ReconstructParams& p, const Tiling& tiling, int planes, const double* partial,
+                           double* totals, Stream stream) {
+    const int team = total_threads(p, tiling);
+    const int64_t blocks = (planes * p.channels + kThreads / team - 1) / (kThreads / team);
+    reconstruct_totals_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(planes, p.channels, tiling, team,
+                                                                                      partial, totals);
+    return launched("reconstruct_totals_kernel");
+}
+
+template <bool kOfWeight>
+LaunchStatus launch_finish(const ReconstructParams& p, const double* totals, float* grad_gate_logits, float* grad_scale,
+                           Stream stream) {
+    const bool any_per_channel = p.gates_per_channel || p.scale_per_channel;
+    const int64_t rows = any_per_channel ? std::min((p.channels + kThreads - 1) / kThreads, kMaxFinishRows) : 1;
+    const dim3 grid(kOfWeight ? 1u : static_cast<unsigned>(p.planes + 1), static_cast<unsigned>(rows));
+    reconstruct_finish_kernel<kOfWeight><<<grid, kThreads, 0, stream>>>(p, totals, grad_gate_logits, grad_scale);
+    return launched("reconstruct_finish_kernel");
+}
+
+template <class T, int V, class D>
 LaunchStatus launch_backward(const ReconstructParams& p, const ReconstructGradients& g, double* scratch,
                              Stream stream) {
     const Tiling tiling(p.outer, p.channels, p.inner, V);
@@ -364,21 +376,34 @@ LaunchStatus launch_backward(const ReconstructParams& p, const ReconstructGradie
     double* totals = scratch;
     double* partial = scratch + p.planes * p.channels;
     if (p.planes > 0) {
-        reconstruct_backward_kernel<T, V>
-            <<<tiling.blocks(), kThreads, shared, stream>>>(p, tiling, static_cast<const Vector<T, V>*>(g.grad_weight),
-                                                            static_cast<Vector<T, V>*>(g.grad_bit_logits), partial);
-        if (const auto status = launched("reconstruct_backward_kernel"); status.reason) return status;
-        const int team = total_threads(p, tiling);
-        const int64_t blocks = (p.planes * p.channels + kThreads / team - 1) / (kThreads / team);
-        reconstruct_totals_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, tiling, team, partial,
-                                                                                          totals);
-        if (const auto status = launched("reconstruct_totals_kernel"); status.reason) return status;
+        const auto* grad_weight = static_cast<const D*>(g.grad_weight);
+        if (g.grad_bit_logits == nullptr) {
+            reconstruct_sums_kernel<T, V, std::is_same_v<D, float>>
+                <<<tiling.blocks(), kThreads, shared, stream>>>(p, tiling, grad_weight, partial);
+            if (const auto status = launched("reconstruct_sums_kernel"); status.reason) return status;
+        } else if constexpr (std::is_same_v<T, D>) {
+            reconstruct_backward_kernel<T, V><<<tiling.blocks(), kThreads, shared, stream>>>(
+                p, tiling, grad_weight, static_cast<Vector<T, V>*>(g.grad_bit_logits), partial);
+            if (const auto status = launched("reconstruct_backward_kernel"); status.reason) return status;
+        }
+        if (const auto status = launch_totals(p, tiling, p.planes, partial, totals, stream); status.reason) {
+            return status;
+        }
     }
-    const bool any_per_channel = p.gates_per_channel || p.scale_per_channel;
-    const int64_t rows = any_per_channel ? std::min((p.channels + kThreads - 1) / kThreads, kMaxFinishRows) : 1;
-    const dim3 grid(static_cast<unsigned>(p.planes + 1), static_cast<unsigned>(rows));
-    reconstruct_finish_kernel<<<grid, kThreads, 0, stream>>>(p, totals, g.grad_gate_logits, g.grad_scale);
-    return launched("reconstruct_finish_kernel");
+    return launch_finish<false>(p, totals, g.grad_gate_logits, g.grad_scale, stream);
+}
+
+template <class T, int V>
+LaunchStatus launch_scale_gradient(const ReconstructParams& p, const float* grad_weight, const float* weight,
+                                   float* grad_scale, double* scratch, Stream stream) {
+    const Tiling tiling(p.outer, p.channels, p.inner, V);
+    double* totals = scratch;
+    double* partial = scratch + p.channels;
+    reconstruct_products_kernel<T, V>
+        <<<tiling.blocks(), kThreads, 0, stream>>>(p, tiling, grad_weight, weight, partial);
+    if (const auto status = launched("reconstruct_products_kernel"); status.reason) return status;
+    if (const auto status = launch_totals(p, tiling, 1, partial, totals, stream); status.reason) return status;
+    return launch_finish<true>(p, totals, nullptr, grad_scale, stream);
 }
 
 // Accesses of 16 bytes where rows and arrays allow them, else of one element.
@@ -393,11 +418,19 @@ LaunchStatus forward(const ReconstructParams& p, void* weight, Stream stream) {
                               : launch_forward<T, 1>(p, weight, stream);
 }
 
-template <class T>
+template <class T, class D = T>
 LaunchStatus backward(const ReconstructParams& p, const ReconstructGradients& g, double* scratch, Stream stream) {
     return wide<T>(p, g.grad_weight, g.grad_bit_logits)
-               ? launch_backward<T, kAccessBytes / sizeof(T)>(p, g, scratch, stream)
-               : launch_backward<T, 1>(p, g, scratch, stream);
+               ? launch_backward<T, kAccessBytes / sizeof(T), D>(p, g, scratch, stream)
+               : launch_backward<T, 1, D>(p, g, scratch, stream);
+}
+
+template <class T>
+LaunchStatus scale_gradient(const ReconstructParams& p, const float* grad_weight, const float* weight,
+                            float* grad_scale, double* scratch, Stream stream) {
+    return p.inner % 4 == 0 && aligned(grad_weight) && aligned(weight)
+               ? launch_scale_gradient<T, 4>(p, grad_weight, weight, grad_scale, scratch, stream)
+               : launch_scale_gradient<T, 1>(p, grad_weight, weight, grad_scale, scratch, stream);
 }
 
 }  // namespace
@@ -417,12 +450,21 @@ LaunchStatus reconstruct_backward(const ReconstructParams& params, const Reconst
                                   double* scratch, Stream stream) {
     switch (params.dtype) {
         case DType::bf16:
+            if (gradients.grad_weight_dtype == DType::f32) {
+                return backward<__nv_bfloat16, float>(params, gradients, scratch, stream);
+            }
             return backward<__nv_bfloat16>(params, gradients, scratch, stream);
         case DType::f16:
             return backward<__half>(params, gradients, scratch, stream);
         default:
             return backward<float>(params, gradients, scratch, stream);
     }
+}
+
+LaunchStatus reconstruct_scale_gradient(const ReconstructParams& params, const float* grad_weight, const float* weight,
+                                        float* grad_scale, double* scratch, Stream stream) {
+    const auto compute = params.dtype == DType::bf16 ? scale_gradient<__nv_bfloat16> : scale_gradient<float>;
+    return compute(params, grad_weight, weight, grad_scale, scratch, stream);
 }
 
 int64_t reconstruct_scratch_size(int64_t outer, int64_t channels, int64_t inner, int planes) {
