@@ -98,6 +98,10 @@ class StepLayer:
     momentum_scales: tuple[Tensor, ...]
     key: int
 
+    def suits_kernels(self) -> bool:
+        """Whether kernels know its dtypes and have something to do; the reference serves what is left."""
+        return torch.float64 not in (self.bit_logits.dtype, self.weight.dtype) and self.weight.numel() > 0
+
     def constants(self) -> dict[str, Any]:
         """What follows the tensors in the arguments of ``reconstruct``."""
         names = ("bits", "n_bits", "channel_axis", "hard_gates")

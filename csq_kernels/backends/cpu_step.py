@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csq_kernels import _native, reference_step
 from csq_kernels.backends.layout import channel_layout
-from csq_kernels.backends.native_step import native_layer, serves, with_float32_vectors
+from csq_kernels.backends.native_step import native_layer, with_float32_vectors
 from csq_kernels.step import StepLayer
 
 if _native.module is None:
@@ -20,7 +20,7 @@ def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
 
     Fixed gates need the weight alone: (6) is then ``sum(D W) / s``.
     """
-    if not serves(layer):
+    if not layer.suits_kernels():
         return reference_step.step_sums(layer)
     read = with_float32_vectors(layer)
     gate_logits, scale, _ = read.before
@@ -45,7 +45,7 @@ def step_update(layers: Sequence[StepLayer]) -> None:
     """New logits, momenta and weights of all layers, in place."""
     held = []
     for layer in layers:
-        if not serves(layer):
+        if not layer.suits_kernels():
             reference_step.step_update([layer])
             continue
         read = with_float32_vectors(layer)

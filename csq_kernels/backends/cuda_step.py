@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csq_kernels import _native, reference_step
 from csq_kernels.backends.layout import channel_layout
-from csq_kernels.backends.native_step import native_layer, serves, with_float32_vectors
+from csq_kernels.backends.native_step import native_layer, with_float32_vectors
 from csq_kernels.step import StepLayer
 
 if _native.module is None:
@@ -21,7 +21,7 @@ def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
 
     Fixed gates need the weight alone: (6) is then ``sum(D W) / s``.
     """
-    if not serves(layer):
+    if not layer.suits_kernels():
         return reference_step.step_sums(layer)
     read = with_float32_vectors(layer)
     gate_logits, scale, _ = read.before
@@ -48,7 +48,7 @@ def step_update(layers: Sequence[StepLayer]) -> None:
     """New logits, momenta and weights of all layers, in place; layers of a device share their launches."""
     by_device = defaultdict(list)
     for layer in layers:
-        if serves(layer):
+        if layer.suits_kernels():
             by_device[layer.bit_logits.device].append(layer)
         else:
             reference_step.step_update([layer])

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from csq_kernels import _native
@@ -40,11 +39,6 @@ def native_layer(layer: StepLayer, weight: Tensor, grad_weight: Tensor) -> Any:
         scale_per_channel=scale.ndim == 1,
         hard_gates=layer.hard_gates,
     )
-
-
-def serves(layer: StepLayer) -> bool:
-    """Whether the native kernels know the layer's dtype and have something to do."""
-    return torch.float64 not in (layer.bit_logits.dtype, layer.weight.dtype) and layer.weight.numel() > 0
 
 
 def with_float32_vectors(layer: StepLayer) -> StepLayer:

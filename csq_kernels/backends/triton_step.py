@@ -352,16 +352,12 @@ def step_scale_sums_kernel(
     tl.store(p_partial + i_row * column_blocks + i_column_block, b_sum, mask=m_row)
 
 
-def _serves(layer: StepLayer) -> bool:
-    return layer.bit_logits.dtype != torch.float64 and layer.weight.numel() > 0
-
-
 def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
     """Gradients (5) of the gates and (6) of the scale, each in its own dtype.
 
     Fixed gates need the weight alone: (6) is then ``sum(D W) / s``.
     """
-    if not _serves(layer):
+    if not layer.suits_kernels():
         return reference_step.step_sums(layer)
     if not layer.hard_gates or layer.weight.dtype != torch.float32:
         return reconstruct_sums(layer.grad_weight, layer.bit_logits, *layer.before, **layer.constants())
@@ -396,7 +392,7 @@ def step_sums(layer: StepLayer) -> tuple[Tensor, Tensor]:
 def step_update(layers: Sequence[StepLayer]) -> None:
     """New logits, momenta and weights of all layers, in place."""
     for layer in layers:
-        if _serves(layer):
+        if layer.suits_kernels():
             _update(layer)
         else:
             reference_step.step_update([layer])
