@@ -274,7 +274,9 @@ def measure(
                 "copy_bytes_per_second": bandwidth,
                 "share_of_floor": floor * weights / bandwidth / spread.median,
                 "speedup_over": {
-                    other: times[other].median / spread.median for other in BASELINES if other in times and other != name
+                    other: times[other].median / spread.median
+                    for other in BASELINES
+                    if other in times and other != name
                 },
                 "state_bytes_per_weight": state[name].held / weights,
                 "peak_bytes_per_weight": state[name].peak / weights,
