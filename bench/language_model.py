@@ -1,7 +1,7 @@
 """Training steps of a language model with the shape of SmolLM2-135M, and the memory they take: no accuracy is meant.
 
-``python bench/language_model.py`` trains on the bytes of the licence with narrow state, through both stages of the
-search, and appends a line to ``results/language_model.jsonl``. Linux: the peak is that of the resident set.
+``python bench/language_model.py`` takes the first steps of a search with narrow state on the bytes of the licence, and
+appends a line to ``results/language_model.jsonl``. Linux: the peak is that of the resident set.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rule", choices=OPTIMIZERS, default="adamw", help="of the optimizer")
     parser.add_argument("--full", action="store_true", help="float32 state instead of narrow")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--total-steps", type=int, default=1000, help="of the search whose first steps are taken")
     parser.add_argument("--tokens", type=int, default=128, help="of the one sequence of a step")
     parser.add_argument("--budget", default="4 bits")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "language_model.jsonl")
@@ -105,12 +106,12 @@ def main() -> None:
     resident["prepared"] = peak_resident_bytes()
     kind, arguments = OPTIMIZERS[options.rule]
     optimizer = kind(model, lr=1e-3, logit_lr=1e-2, gate_lr=2e-2, narrow=not options.full, **arguments)
-    search = csq.Search(model, options.budget, options.steps, optimizer=optimizer)
+    search = csq.Search(model, options.budget, options.total_steps, optimizer=optimizer)
     resident["optimizer"] = peak_resident_bytes()
     weights = sum(plan.swapped.values())
-    steps: list[dict[str, float | str]] = []
+    steps: list[dict[str, float]] = []
     for step in range(options.steps):
-        started, stage = time.perf_counter(), search.stage
+        started = time.perf_counter()
         window = text[step * options.tokens :][: options.tokens + 1]
         loss = F.cross_entropy(model(window[None, :-1])[0], window[1:])
         (loss + search.penalty()).backward()
@@ -119,15 +120,20 @@ def main() -> None:
         search.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        row = {"stage": stage, "loss": loss.item(), "seconds": seconds, "state_bytes_per_weight": held / weights}
-        print(f"step {step} {stage}: loss {loss.item():.3f}, {seconds:.1f} s, {held / weights:.1f} bytes a weight held")
-        steps.append(row)
+        steps.append({"loss": loss.item(), "seconds": seconds, "state_bytes_per_weight": held / weights})
+        print(f"step {step}: loss {loss.item():.3f}, {seconds:.1f} s, {held / weights:.1f} bytes a weight held")
         resident.setdefault("first step", peak_resident_bytes())
     resident["last step"] = peak_resident_bytes()
     described = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in resident.items())
     print(f"{weights:,} weights; peak resident GiB until {described}")
     row = {"op": "language_model", "rule": options.rule, "narrow": not options.full, "weights": weights}
-    row |= {"tokens": options.tokens, "budget": options.budget, "steps": steps, "peak_resident_bytes": resident}
+    row |= {
+        "tokens": options.tokens,
+        "budget": options.budget,
+        "total_steps": options.total_steps,
+        "steps": steps,
+        "peak_resident_bytes": resident,
+    }
     row |= {"peak_resident_bytes_per_weight": resident["last step"] / weights}
     append_lines(options.out, [row | context])
 
