@@ -36,13 +36,18 @@ class Verdict:
 
 
 def twice(
-    name: str, errors: Norms, baseline_errors: Norms, exact: Norms, dtype: torch.dtype = torch.float32
+    name: str,
+    errors: Norms,
+    baseline_errors: Norms,
+    exact: Norms,
+    dtype: torch.dtype = torch.float32,
+    roundings: int = 1,
 ) -> Verdict:
-    """Twice the error of the baseline in ``dtype``, plus one rounding, is allowed: largest and root mean square."""
+    """Twice the error of the baseline and of ``roundings`` to ``dtype`` is allowed: largest and root mean square."""
     worst: Verdict | None = None
     norms = zip(("largest", "root mean square"), errors(), baseline_errors(), exact(), strict=True)
     for norm, error, baseline_error, size in norms:
-        allowed = 2 * (baseline_error + size * torch.finfo(dtype).eps / 2)
+        allowed = 2 * (baseline_error + roundings * size * torch.finfo(dtype).eps / 2)
         verdict = Verdict(error / allowed, f"{norm} error of {name} {error:.2e}, allowed {allowed:.2e}")
         if verdict.worse(worst):
             worst = verdict

@@ -69,6 +69,7 @@ bench reconstruct_launch 15 reconstruct_launch
 bench reconstruct 60 reconstruct --providers eager,compiled,csq --shapes 1024x1024,4096x4096,8192x8192
 bench reconstruct_bfloat16 60 reconstruct --dtype bfloat16 --providers eager,compiled,csq --shapes 4096x4096,8192x28672
 bench reconstruct_3_bits 20 reconstruct --n-bits 3 --providers csq --shapes 4096x4096,8192x8192
+bench step 30 step --providers single-pass,separate --shapes 4096x4096
 bench csq_linear 20 csq_linear --dtype bfloat16 --shapes 8192x4096x4096,2048x4096x14336
 bench csq_conv2d 20 csq_conv2d --dtype bfloat16 --shapes 64x64x64x56x3,64x512x512x7x3
 part bitserial 60 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"

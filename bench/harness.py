@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ import csq_kernels
 COPY_BYTES = 256 << 20  # larger than any cache, so a copy also evicts the operands of the call that follows
 AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread over the cores
 ROOT = Path(__file__).parents[1]
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,28 +95,40 @@ def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dic
     return {name: Spread.of(t) for name, t in times.items()}, 2 * COPY_BYTES / statistics.median(copies)
 
 
-def peak_bytes(entry: Entry, device: str) -> int:
-    """Most bytes that one call holds at a time beyond what was there before it, outputs included.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a call leaves held beyond what was there before it, its result included, and the most at a time."""
+
+    held: int
+    peak: int
+
+
+def memory(run: Callable[[], T], device: str) -> tuple[T, Memory]:
+    """Run and say what memory it took.
 
     On the processor this is the running sum of PyTorch's own allocations; the native module allocates nothing.
     """
-    entry.prepare()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        entry.run()
+        result = run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return result, Memory(torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = entry.run()
-    del result  # kept until here: what the caller gets belongs to the peak
+        result = run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return result, Memory(held, peak)
+
+
+def peak_bytes(entry: Entry, device: str) -> int:
+    """Most bytes that one call holds at a time beyond what was there before it, outputs included."""
+    entry.prepare()
+    return memory(entry.run, device)[1].peak
 
 
 def cpu_model() -> str:

@@ -1,4 +1,7 @@
-"""Plots of the results: ``python bench/plot.py bitserial`` draws time against stored bits, a PNG and an SVG a shape."""
+"""Plots of the results, a PNG and an SVG a shape.
+
+``python bench/plot.py bitserial`` draws time against stored bits, ``step`` the time and the memory of training steps.
+"""
 
 import argparse
 import json
@@ -9,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,9 +23,8 @@ WIDEST = 8  # wider peers are a line, the fp32 layer, or left out
 Row = dict[str, Any]
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last line of each measurement that was repeated."""
-    names = ("provider", "stored_bits", "shape", "batch", "threads")
+def latest(rows: Iterable[Row], names: tuple[str, ...]) -> list[Row]:
+    """The last line of each measurement that was repeated: of those in which these fields are the same."""
     return list({json.dumps([row[name] for name in names]): row for row in rows}.values())
 
 
@@ -70,7 +73,7 @@ def bitserial(rows: list[Row], folder: Path) -> list[Path]:
     """Time against stored bits: a figure a shape, a column a batch, a row a number of threads; the peers as points."""
     written = []
     shapes: dict[tuple[int, ...], dict[tuple[int, int], list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in latest(rows):
+    for row in latest(rows, ("provider", "stored_bits", "shape", "batch", "threads")):
         shapes[tuple(row["shape"])][row["threads"], row["batch"]].append(row)
     for shape, panels in shapes.items():
         threads, batches = (sorted({key[i] for key in panels}) for i in range(2))
@@ -87,14 +90,52 @@ def bitserial(rows: list[Row], folder: Path) -> list[Path]:
             axes.set_ylabel("ms a layer", fontsize=9)
         name = "x".join(map(str, shape))
         figure.suptitle(f"{name}, cold weights, {next(iter(panels.values()))[0]['machine']['isa']}", fontsize=10)
-        for suffix in ("png", "svg"):
-            written.append(folder / f"bitserial-{name}.{suffix}")
-            figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
+        written += save(figure, folder / f"bitserial-{name}")
     return written
 
 
-PLOTS = {"bitserial": bitserial}
+def step(rows: list[Row], folder: Path) -> list[Path]:
+    """Time and bytes of a training step: a figure a shape, a column a rule and kind of gates, a bar a provider."""
+    written = []
+    shapes: dict[tuple[int, ...], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in latest(rows, ("provider", "rule", "gates", "shape")):
+        shapes[tuple(row["shape"])][row["rule"], row["gates"]].append(row)
+    for shape, panels in shapes.items():
+        size = (1.5 + 3 * len(panels), 4)
+        figure, grid = plt.subplots(2, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for (rule, gates), panel, (times, sizes) in zip(panels, panels.values(), grid.T, strict=True):
+            names = [row["provider"] for row in panel]
+            times.barh(names, [1e3 * row["seconds"]["median"] for row in panel], color="C0", label="median")
+            floors = [1e3 * row["floor_seconds"] for row in panel]
+            times.plot(floors, names, "|", color="black", ms=14, mew=2, label="copy floor")
+            sizes.barh(names, [row["peak_bytes_per_weight"] for row in panel], color="C1", alpha=0.4, label="peak")
+            sizes.barh(names, [row["state_bytes_per_weight"] for row in panel], color="C1", label="held after a step")
+            times.set_title(f"{rule}, gates {gates}", fontsize=9)
+            times.set_xlabel("ms a step", fontsize=9)
+            sizes.set_xlabel("bytes a weight", fontsize=9)
+            for axes in (times, sizes):
+                axes.tick_params(labelsize=8)
+                axes.grid(axis="x", alpha=0.3)
+        grid[0, 0].invert_yaxis()
+        for axes in grid[:, -1]:
+            axes.legend(fontsize=7)
+        name = "x".join(map(str, shape))
+        machine = next(iter(panels.values()))[0]["machine"]
+        figure.suptitle(f"a training step of {name}, {machine['isa']}, {machine['threads']} threads", fontsize=10)
+        written += save(figure, folder / f"step-{name}")
+    return written
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """The two images, and no figure left open."""
+    written = [path.with_suffix(f".{suffix}") for suffix in ("png", "svg")]
+    for image in written:
+        figure.savefig(image, dpi=150)
+    plt.close(figure)
+    return written
+
+
+PLOTS = {"bitserial": bitserial, "step": step}
 
 
 def main() -> None:

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from harness import append_lines
-from suites import bitserial, layers, reconstruct
+from suites import bitserial, layers, reconstruct, step
 
 from csq_kernels import _native
 
 RESULTS = Path(__file__).parent / "results"
-OPS = {"reconstruct": reconstruct, "bitserial": bitserial, **layers.SUITES}
+OPS = {"reconstruct": reconstruct, "step": step, "bitserial": bitserial, **layers.SUITES}
 ISAS = ("avx2", "avx512")
 
 

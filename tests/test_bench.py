@@ -45,6 +45,27 @@ def test_lines_of_a_bench(tmp_path: Path, op: str, shape: str, dtype: str, provi
         assert row["machine"] and row["versions"] and row["time"]
 
 
+def test_lines_and_plot_of_the_step(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    options = ["--shapes", "16x24", "--rules", "adamw", "--gates", "moving", "--rounds", "2", "--out", out]
+    options += ["--providers", "separate,single-pass,single-pass-narrow"]
+    subprocess.run([sys.executable, BENCH / "run.py", "step", *options], check=True, capture_output=True)
+    rows = {row["provider"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == ["eager", "separate", "single-pass", "single-pass-narrow"]
+    for row in rows.values():
+        assert row["error_over_allowed"] <= 1 and row["share_of_floor"] > 0
+        assert row["peak_bytes_per_weight"] >= row["state_bytes_per_weight"]
+    # Logits, their gradient and two momenta of 16 planes, and dL/dW; or logits, two momenta, W and dL/dW.
+    held = {name: row["state_bytes_per_weight"] for name, row in rows.items()}
+    assert held["separate"] == pytest.approx(4 * 64 + 4, rel=0.01)
+    assert held["single-pass"] == pytest.approx(3 * 64 + 8, rel=0.01)
+    assert held["single-pass-narrow"] == pytest.approx(32 + 2 * 16 + 2 * 32 * 4 / 384 + 8, rel=0.02)
+    assert rows["single-pass"]["peak_bytes_per_weight"] < 3 * 64 + 16, "a gradient for every bit was in memory"
+    plot = [sys.executable, BENCH / "plot.py", "step", "--results", out, "--out", tmp_path]
+    subprocess.run(plot, check=True, capture_output=True)
+    assert {path.suffix for path in tmp_path.glob("step-16x24.*")} == {".png", ".svg"}
+
+
 TOOL = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in *get_device_capability*) echo 90a ;; *"$FAILS"*) exit 3 ;; esac

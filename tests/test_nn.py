@@ -288,6 +288,30 @@ def test_prepare_keeps_identity_hooks_and_frozen_weights():
     assert "2 layers swapped, 42 weights" in str(plan)
 
 
+@pytest.mark.parametrize("state", ["single_pass", "narrow", "csq", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_estimated_bytes_are_those_held_in_training(state, dtype):
+    model = nn.Sequential(nn.Conv2d(3, 33, 5, bias=False), nn.Flatten(), nn.Linear(297, 65, bias=False)).to(dtype)
+    prepared = copy.deepcopy(model)
+    plan = csq.prepare_(prepared)
+    if state == "float":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    elif state == "csq":
+        model = prepared
+        optimizer = torch.optim.SGD(csq.param_groups(model, lr=0.1), lr=0.1, momentum=0.9)
+    else:
+        model = prepared
+        optimizer = csq.optim.SGD(model, lr=0.1, momentum=0.9, narrow=state == "narrow")
+    model(torch.ones(2, 3, 7, 7, dtype=dtype)).float().square().sum().backward()
+    optimizer.step()
+    tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+    tensors += [value for momenta in optimizer.state.values() for value in momenta.values()]
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert getattr(plan, f"bytes_{state}") == pytest.approx(held, rel=0.05)
+    assert f"{plan.bytes_narrow / 1e6:.1f} MB" in str(plan)
+
+
 def test_prepare_rules_and_filter():
     def build():
         return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Bilinear(2, 2, 2))

@@ -22,10 +22,12 @@ TEMPERATURE = 30.0
 SIMD_BITS = {"avx2": 256, "avx512": 512}
 
 
-def per_bit(planes: list[Tensor], gate_logits: Tensor, scale: Tensor, temperature: Tensor) -> Tensor:
+def per_bit(
+    planes: list[Tensor], gate_logits: Tensor, scale: Tensor, temperature: Tensor, hard_gates: bool = False
+) -> Tensor:
     """Equation (3) as one writes it without this library: a tensor, and a parameter, per bit."""
     n_bits = len(planes) // 2
-    gates = torch.sigmoid(temperature * gate_logits)
+    gates = (gate_logits > 0).to(scale.dtype) if hard_gates else torch.sigmoid(temperature * gate_logits)
     total = torch.zeros_like(planes[0])
     for b in range(n_bits):
         digit = torch.sigmoid(temperature * planes[b]) - torch.sigmoid(temperature * planes[n_bits + b])

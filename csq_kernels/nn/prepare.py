@@ -2,14 +2,17 @@
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from csq_kernels.nn.layer import OPTIONS, Config, CSQLayer
 from csq_kernels.nn.layers import CSQ_CLASSES
+from csq_kernels.step import NARROW, momentum_scale_shape
 
 
 @dataclass
@@ -21,7 +24,9 @@ class Plan:
         skipped: ``{layer name: reason}``, for every layer with a weight of two or more axes that stayed float.
         tied: ``{layer name: name of the layer whose parameters it shares}``.
         bytes_float: training state of the swapped weights as floats: weight, gradient, momentum.
-        bytes_csq: the same for their logits, with the weight and its gradient.
+        bytes_csq: the same for their logits with ``torch.optim``, and the weight and its gradient.
+        bytes_single_pass: with ``csq_kernels.optim``: weight and gradient, logits and momentum.
+        bytes_narrow: that with ``narrow=True``.
     """
 
     swapped: dict[str, int] = field(default_factory=dict)
@@ -29,17 +34,35 @@ class Plan:
     tied: dict[str, str] = field(default_factory=dict)
     bytes_float: int = 0
     bytes_csq: int = 0
+    bytes_single_pass: int = 0
+    bytes_narrow: int = 0
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} layers swapped, {sum(self.swapped.values()):,} weights"]
         lines += [f"  {name}: {weights:,} weights" for name, weights in self.swapped.items()]
         lines += [f"  {name}: tied to {leader}" for name, leader in self.tied.items()]
         lines += [f"  {name}: stays float ({reason})" for name, reason in self.skipped.items()]
-        lines += [
-            f"training state with SGD and momentum, without activations: {self.bytes_csq / 1e6:.1f} MB, "
-            f"float {self.bytes_float / 1e6:.1f} MB"
-        ]
+        states = {
+            "csq_kernels.optim": self.bytes_single_pass,
+            "narrow": self.bytes_narrow,
+            "torch.optim": self.bytes_csq,
+            "float": self.bytes_float,
+        }
+        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in states.items())
+        lines += [f"training state with SGD and momentum, without activations: {sizes}"]
         return "\n".join(lines)
+
+    def _add(self, name: str, weight: Tensor, n_bits: int) -> None:
+        logits = torch.empty((2, n_bits, *weight.shape), dtype=weight.dtype, device="meta")
+        momentum = logits.numel() * torch.promote_types(logits.dtype, torch.float32).itemsize
+        own = torch.bfloat16 if logits.dtype == torch.float32 else logits.dtype
+        narrow = logits.numel() * (own.itemsize + NARROW.itemsize) + 4 * math.prod(momentum_scale_shape(logits))
+        pair = 2 * weight.nbytes
+        self.swapped[name] = weight.numel()
+        self.bytes_float += pair + weight.nbytes
+        self.bytes_csq += pair + 3 * logits.nbytes
+        self.bytes_single_pass += pair + logits.nbytes + momentum
+        self.bytes_narrow += pair + narrow
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -158,9 +181,7 @@ def prepare_(
         if leader is None:
             module._adopt(layer_config)
             leaders[id(weight)] = (name, module)
-            plan.swapped[name] = weight.numel()
-            plan.bytes_float += 3 * weight.numel() * weight.element_size()
-            plan.bytes_csq += (3 * 2 * layer_config.n_bits + 2) * weight.numel() * weight.element_size()
+            plan._add(name, weight, layer_config.n_bits)
         else:
             # The leader's planes serve both, so its options do too.
             module._adopt(dataclasses.replace(layer_config, **leader[1].shared_options()), tied_to=leader[1])
