@@ -95,13 +95,13 @@ def test_gpu_script_runs_every_part(tmp_path: Path) -> None:
     assert status == 0, output
     assert "command not found" not in output and "unbound" not in output, output
     parts = ["environment", "build", "info", "tests", "large", "reconstruct_launch", "reconstruct"]
-    parts += ["reconstruct_bfloat16", "reconstruct_3_bits", "csq_linear", "csq_conv2d", "bitserial"]
+    parts += ["reconstruct_bfloat16", "reconstruct_3_bits", "step", "csq_linear", "csq_conv2d", "bitserial"]
     parts += ["memcheck", "racecheck", "initcheck", "status"]
     assert [line.split()[1].rstrip(":") for line in output.splitlines() if ": exit status 0" in line] == parts
     assert all((tmp_path / "out" / f"{part}.log").exists() for part in parts)
     assert sum(call.startswith("compute-sanitizer") for call in calls) == 3
     benches = [call for call in calls if "bench/run.py" in call]
-    assert all("--device cuda" in call and f"--out {tmp_path}/out/" in call for call in benches) and len(benches) == 6
+    assert all("--device cuda" in call and f"--out {tmp_path}/out/" in call for call in benches) and len(benches) == 7
     assert not list(tmp_path.glob("tmp.*"))
 
 
