@@ -117,8 +117,9 @@ def step(rows: list[Row], folder: Path) -> list[Path]:
                 axes.tick_params(labelsize=8)
                 axes.grid(axis="x", alpha=0.3)
         grid[0, 0].invert_yaxis()
-        for axes in grid[:, -1]:
-            axes.legend(fontsize=7)
+        legends = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
+        handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
         name = "x".join(map(str, shape))
         machine = next(iter(panels.values()))[0]["machine"]
         figure.suptitle(f"a training step of {name}, {machine['isa']}, {machine['threads']} threads", fontsize=10)
