@@ -19,8 +19,8 @@ from csq_kernels import functional, optim, reference
 from csq_kernels.nn import CSQLinear
 from csq_kernels.step import MOMENTUM_BLOCK
 
-PROVIDERS = ("eager", "compiled", "separate", "single-pass", "single-pass-narrow")
-BASELINES = PROVIDERS[:3]
+PROVIDERS = ("reference", "reference-compiled", "eager", "compiled", "separate", "single-pass", "single-pass-narrow")
+BASELINES = PROVIDERS[:-2]
 RULES = {"sgd": ("SGD", {"momentum": 0.9}), "adamw": ("AdamW", {"weight_decay": 0.0})}
 GATES = ("moving", "fixed")
 TEMPERATURE = 30.0
@@ -61,10 +61,13 @@ class Problem:
         if name.startswith("single-pass"):
             return SinglePass(self, narrow=name.endswith("narrow"))
         vectors = (self.gate_logits.clone(), self.scale.clone(), self.temperature)
-        if name == "separate":
+        if name in ("separate", "reference", "reference-compiled"):
             logits = [self.bit_logits.clone()]
-            hard = {"hard_gates": self.hard_gates}
-            return Separate(self, logits, vectors, lambda: functional.reconstruct(*logits, *vectors, **hard))
+            weight = {"separate": functional.reconstruct, "reference": reference.reconstruct}.get(name)
+            if weight is None:
+                weight = torch.compile(reference.reconstruct, fullgraph=True, dynamic=False)
+            constants = dict(zip(("bits", "n_bits", "channel_axis", "hard_gates"), self.constants, strict=True))
+            return Separate(self, logits, vectors, lambda: weight(*logits, *vectors, **constants), name == "reference")
         # Leaves of their own: slices of one parameter would charge PyTorch for a full gradient per slice.
         planes = [plane.clone() for plane in self.bit_logits.flatten(0, 1)]
         if name == "eager":
@@ -290,9 +293,10 @@ def measure(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
-    columns = "{:>11} {:5} {:6} {:18} {:>11} {:>19} {:>9} {:>6} {:>8} {:>11} {:>11} {:>6} {:>6} {:>6}"
-    heads = "shape rule gates provider median p20..p80 floor share vs_eager vs_compiled vs_separate state peak error"
-    print(columns.format(*heads.split()))
+    columns = "{:>11} {:5} {:6} {:18} {:>11} {:>19} {:>9} {:>6}" + " {:>11}" * len(BASELINES) + " {:>6} {:>6} {:>6}"
+    against = [f"vs_{name}".replace("reference", "ref") for name in BASELINES]
+    heads = ["shape", "rule", "gates", "provider", "median", "p20..p80", "floor", "share", *against, "state", "peak"]
+    print(columns.format(*heads, "error"))
     for row in rows:
         ratios = {other: f"{ratio:.2f}x" for other, ratio in row["speedup_over"].items()}
         ms = {name: 1e3 * value for name, value in row["seconds"].items()}
