@@ -5,6 +5,7 @@ leaves a distributed checkpoint, ``load`` goes on from it. With one process and 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def main(mode: str, folder: Path) -> None:
         torch.save(state, folder / f"{mode}.pt")
         (folder / f"{mode}.json").write_text(json.dumps(counts | {"logits": held}))
     dist.barrier()
-    dist.destroy_process_group()
+    # Everything is written; the threads of gloo now and then abort a process that takes them down in order.
+    os._exit(0)
 
 
 if __name__ == "__main__":
