@@ -147,6 +147,15 @@ def commit() -> str | None:
     return done.stdout.strip() or os.environ.get("CSQ_COMMIT")
 
 
+def _flags() -> list[str]:
+    """The command line without the place of the results, which is the reader's own."""
+    flags = sys.argv[1:]
+    if "--out" in flags:
+        at = flags.index("--out")
+        del flags[at : at + 2]
+    return flags
+
+
 def circumstances(device: str) -> dict[str, Any]:
     """What a measurement must say about the machine and the software to be quoted."""
     info = csq_kernels.info()
@@ -167,7 +176,7 @@ def circumstances(device: str) -> dict[str, Any]:
         },
         "backends": {choice["op"]: choice["backend"] for choice in info["ops"] if choice["device"] == device},
         "commit": commit(),
-        "flags": sys.argv[1:],
+        "flags": _flags(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -148,6 +148,12 @@ def test_a_claim_is_judged_by_its_worst_line(status: ModuleType) -> None:
     assert status.standing(claim, [*rows, later]).row == later
 
 
+def test_every_committed_line_can_be_judged() -> None:
+    done = subprocess.run([sys.executable, BENCH / "status.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("claims are open")
+
+
 def test_claims_that_compare_lines(status: ModuleType) -> None:
     both = line(
         mode="forward+backward",
