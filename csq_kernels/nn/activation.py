@@ -14,6 +14,16 @@ def _round_ste(values: Tensor) -> Tensor:
     return values + (values.round() - values).detach()
 
 
+def learnt_step_quantize(values: Tensor, step: Tensor, low: Tensor, high: Tensor, slope: Tensor | float) -> Tensor:
+    """``step * round(clamp(values / step, low, high))``, with the gradient of the step scaled by ``slope``.
+
+    The step's gradient is that of Esser et al. 2020; the value stays the learnt step to the last bit.
+    """
+    scaled = step * slope
+    step = step.detach() + (scaled - scaled.detach())
+    return _round_ste((values / step).clamp(low, high)) * step
+
+
 class ActivationQuantizer(nn.Module):
     """``x -> step * round(clamp(x / step, low, high))`` with ``bits`` bits, unsigned where the first batch has no
     negative value.
@@ -68,10 +78,7 @@ class ActivationQuantizer(nn.Module):
         learnt = self.range.abs() + torch.finfo(self.range.dtype).tiny
         if self.kind == "lsq":
             slope = 1 / torch.sqrt(values.numel() * self.high)
-            # The value stays the learnt step to the last bit; only its gradient is scaled.
-            scaled = learnt * slope
-            step = learnt.detach() + (scaled - scaled.detach())
-            return (_round_ste((values / step).clamp(self.low, self.high)) * step).to(values.dtype)
+            return learnt_step_quantize(values, learnt, self.low, self.high, slope).to(values.dtype)
         step = learnt / self.high
         clipped = torch.minimum(torch.maximum(values, self.low * step), learnt)
         step = step.detach()

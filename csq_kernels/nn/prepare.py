@@ -71,7 +71,7 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _rule_for(config: Config, name: str) -> tuple[str | None, Config | None]:
+def rule_for(config: Config, name: str) -> tuple[str | None, Config | None]:
     """Return the pattern that decides for ``name``, and its configuration: ``None`` for a layer that stays float."""
     for pattern, options in config.rules.items():
         if _matches(pattern, name):
@@ -154,7 +154,7 @@ def prepare_(
         if isinstance(module, CSQLayer):
             plan.skipped[name] = "already a CSQ layer"
         elif type(module) in CSQ_CLASSES:
-            pattern, layer_config = _rule_for(config, name)
+            pattern, layer_config = rule_for(config, name)
             if weight is None:
                 plan.skipped[name] = "its weight is not a parameter"
             elif layer_config is None:

@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csq_kernels as csq
 from csq_kernels.files import write_atomically
-from csq_kernels.train import checkpoint, data, models, runs
+from csq_kernels.train import baselines, checkpoint, data, models, runs
 
 if TYPE_CHECKING:
     from csq_kernels.train.recipe import Checkpoint, Recipe
 
 METRICS = "metrics.jsonl"
 PACKED = "model.safetensors"
+# The weights that CSQ starts from, and the teacher's.
+FLOAT = "float.safetensors"
 # Batches for batch-norm statistics: of the final models, and after each epoch of the search.
 FINAL_STATISTICS, SEARCH_STATISTICS = 100, 20
 # What a resumed run may change without becoming another run.
@@ -81,6 +84,8 @@ def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.opt
     lr = options.csq_lr if quantized and options.csq_lr is not None else options.lr
     rates: dict[str, Any] = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
     rule: dict[str, Any] = {"lr": lr}
+    # What is not a CSQ model is trained by torch.optim.
+    quantized = quantized and recipe.method == "csq"
     if options.name == "sgd":
         rule |= {"momentum": options.momentum, "nesterov": options.momentum > 0}
     optimizer: torch.optim.Optimizer
@@ -152,8 +157,15 @@ class _Run:
         return self.recipe.epochs.float_ * self.steps_per_epoch
 
     @property
-    def csq_steps(self) -> int:
+    def quantized_steps(self) -> int:
+        """Of the phase after the float one: CSQ's search and finetune, or as long a training of LSQ."""
+        if self.recipe.method not in ("csq", "lsq"):
+            return 0
         return (self.recipe.epochs.search + self.recipe.epochs.finetune) * self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.float_steps + self.quantized_steps
 
     def statistics_batches(self, count: int) -> Iterator[Tensor]:
         """Training images without augmentation, in batches like those of training."""
@@ -165,6 +177,39 @@ class _Run:
     def estimate_statistics(self, count: int) -> None:
         """Estimate the batch-norm statistics again, from ``count`` batches."""
         torch.optim.swa_utils.update_bn(self.statistics_batches(count), self.model)
+
+    def autocast(self):
+        """The precision of the forward pass in training."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+    def distil(self, task: Tensor, logits: Tensor, images: Tensor, teacher: nn.Module) -> Tensor:
+        """Mix the loss of the labels with the distance from the teacher's answers (Hinton et al. 2015)."""
+        options = self.recipe.distillation
+        assert options is not None
+        with torch.no_grad(), self.autocast():
+            wanted = (teacher(images).float() / options.temperature).log_softmax(1)
+        student = (logits / options.temperature).log_softmax(1)
+        distance = F.kl_div(student, wanted, reduction="none", log_target=True).sum(1).mean()
+        return (1 - options.weight) * task + options.weight * options.temperature**2 * distance
+
+    def load_float(self, path: Path) -> None:
+        """Load float weights from a run's folder or a safetensors file."""
+        file = path / FLOAT if path.is_dir() else path
+        try:
+            self.model.load_state_dict(safetensors.torch.load_file(file))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(
+                f"expected init with the weights of {self.recipe.model.name}, got {file}: {reason}"
+            ) from None
+
+    def save_packed(self, packed: nn.Module) -> int:
+        """Write the packed file of a packed model and return its size."""
+        return csq.save_packed(packed, self.out / PACKED, runs.describe(self.recipe, self.dataset)).file_bytes
+
+    def save_float(self) -> None:
+        state = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(self.out / FLOAT, lambda file: file.write(safetensors.torch.save(state)))
 
     def save(self, phase: str, step: int, optimizer=None, search=None, window: Tensor | None = None) -> None:
         rng = [torch.get_rng_state()]
@@ -191,7 +236,7 @@ def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None
     return csq.Search(
         model,
         budget=run.recipe.budget,
-        total_steps=run.csq_steps,
+        total_steps=run.quantized_steps,
         optimizer=optimizer,
         search_share=epochs.search / (epochs.search + epochs.finetune),
         **run.recipe.search.model_dump(),
@@ -200,10 +245,13 @@ def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None
 
 def _check_quantization(run: _Run) -> None:
     """Raise ``TrainingError`` for rules or a budget that do not fit the model, now and not after the float phase."""
-    copied = copy.deepcopy(run.model)
+    recipe, copied = run.recipe, copy.deepcopy(run.model)
     try:
-        csq.prepare_(copied, run.recipe.quantization.config())
-        _search(run, copied, None)
+        if recipe.method == "csq":
+            csq.prepare_(copied, recipe.quantization.config())
+            _search(run, copied, None)
+        elif recipe.method != "float":
+            baselines.round_(copied, recipe.bits, recipe.quantization.config())
     except ValueError as error:
         raise TrainingError(str(error)) from None
 
@@ -219,11 +267,13 @@ def _restore(state: dict[str, Any], run: _Run, optimizer, search) -> Tensor:
     return state["window"].to(run.device)
 
 
-def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any] | None) -> None:
-    """Train for the steps of ``phase`` (``float`` or ``csq``), from ``state`` on if it is given."""
+def _train_phase(
+    run: _Run, phase: str, optimizer, search, state: dict[str, Any] | None, teacher: nn.Module | None = None
+) -> None:
+    """Train for the steps of ``phase`` (``float``, ``csq`` or ``lsq``), from ``state`` on if it is given."""
     recipe, model, dataset = run.recipe, run.model, run.dataset
-    phase_number = ("float", "csq").index(phase)
-    total = run.float_steps if search is None else run.csq_steps
+    phase_number = 0 if phase == "float" else 1
+    total = run.float_steps if phase == "float" else run.quantized_steps
     # Loss, correct predictions, samples since the last line of metrics. On the device: nothing waits for it in between.
     window = torch.zeros(3, dtype=torch.float64, device=run.device)
     first = 0
@@ -236,7 +286,7 @@ def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any]
     model.train()
     with open(run.out / METRICS, "a") as metrics:
         for step in range(first, total):
-            stage = "float" if search is None else search.stage
+            stage = phase if search is None else search.stage
             epoch, position = divmod(step, run.steps_per_epoch)
             if position == 0 or step == first:
                 generator = _generator(recipe.seed, _ORDER, phase_number, epoch)
@@ -250,9 +300,13 @@ def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any]
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
 
-            logits = model(images)
+            with run.autocast():
+                logits = model(images)
+            logits = logits.float()
             task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            loss = task if search is None else task + search.penalty()
+            loss = task if teacher is None else run.distil(task, logits, images, teacher)
+            if search is not None:
+                loss = loss + search.penalty()
             optimizer.zero_grad()
             loss.backward()
             if recipe.clip_grad_norm is not None:
@@ -283,7 +337,7 @@ def _stage_steps(stage: str, search, total: int) -> tuple[int, int]:
     """First step of the stage and first step after it: the schedule starts anew with each stage."""
     if stage == "search":
         return 0, search.search_steps
-    return (0, total) if stage == "float" else (search.search_steps, total)
+    return (0, total) if search is None else (search.search_steps, total)
 
 
 def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
@@ -295,7 +349,7 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
     before = 0 if phase == "float" else run.float_steps
     record = {
         "iteration": before + done,
-        "total_iterations": run.float_steps + run.csq_steps,
+        "total_iterations": run.total_steps,
         "phase": stage,
         "epoch": (before + done) / run.steps_per_epoch,
         "lr_factor": factor,
@@ -434,55 +488,104 @@ def train(
     _write_text(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
     done_before = 0
     if state is not None:
-        done_before = state["step"] + (run.float_steps if state["phase"] == "csq" else 0)
-        display.note(f"resumed {out} after {done_before} of {run.float_steps + run.csq_steps} steps")
+        done_before = state["step"] + (run.float_steps if state["phase"] != "float" else 0)
+        display.note(f"resumed {out} after {done_before} of {run.total_steps} steps")
     _truncate_metrics(out / METRICS, done_before)
 
-    if run.float_steps and (state is None or state["phase"] == "float"):
+    if state is None or state["phase"] == "float":
         if state is not None:
             model.load_state_dict(state["model"])
-        _train_phase(run, "float", _optimizer(recipe, model, quantized=False), None, state)
-        run.results["float_accuracy"] = evaluate(model, dataset)
-        display.note(f"float accuracy {run.results['float_accuracy']:.2%}")
+        elif recipe.init is not None:
+            run.load_float(Path(recipe.init).expanduser())
+        if run.float_steps:
+            _train_phase(run, "float", _optimizer(recipe, model, quantized=False), None, state)
+        if run.float_steps or recipe.init is not None:
+            run.results["float_accuracy"] = evaluate(model, dataset)
+            run.save_float()
+            display.note(f"float accuracy {run.results['float_accuracy']:.2%}")
         state = None
 
+    if recipe.method == "csq":
+        return _train_csq(run, state)
+    return _train_baseline(run, state)
+
+
+def _teacher(run: _Run) -> nn.Module | None:
+    """The float model of this run, if it is to teach."""
+    if run.recipe.distillation is None:
+        return None
+    dataset = run.dataset
+    teacher = models.build(
+        run.recipe.model.name, dataset.channels, dataset.image_size, dataset.classes, **run.recipe.model.options
+    )
+    teacher.load_state_dict(safetensors.torch.load_file(run.out / FLOAT))
+    return teacher.to(run.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
+    recipe, model = run.recipe, run.model
     plan = csq.prepare_(model, recipe.quantization.config())
     if state is None:
-        display.note(str(plan))
+        run.display.note(str(plan))
     else:
         model.load_state_dict(state["model"])
     # After the model's state: it decides which planes there are to optimize.
     optimizer = _optimizer(recipe, model, quantized=True)
-    _train_phase(run, "csq", optimizer, _search(run, model, optimizer), state)
-    return _finish(run)
-
-
-def _finish(run: _Run) -> dict[str, Any]:
-    """Measure the soft model, make the integers, measure them, write the packed file and the report."""
+    _train_phase(run, "csq", optimizer, _search(run, model, optimizer), state, _teacher(run))
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
-    run.results["soft_accuracy"] = evaluate(run.model, run.dataset)
-    report = csq.finalize_(run.model, data=run.statistics_batches(FINAL_STATISTICS), budget=run.recipe.budget)
-    run.results["hard_accuracy"] = evaluate(run.model, run.dataset)
-    seconds = round(run.clock.seconds(), 1)
-    packed = copy.deepcopy(run.model)
+    run.results["soft_accuracy"] = evaluate(model, run.dataset)
+    report = csq.finalize_(model, data=run.statistics_batches(FINAL_STATISTICS), budget=recipe.budget)
+    run.results["hard_accuracy"] = evaluate(model, run.dataset)
+    packed = copy.deepcopy(model)
     csq.pack_(packed)
-    size = csq.save_packed(packed, run.out / PACKED, runs.describe(run.recipe, run.dataset)).file_bytes
-    result = {"recipe": run.recipe.name, "seconds": seconds, **run.results, "file_bytes": size}
-    result |= {"scheme": report.to_dict()}
-    written = f"{PACKED} of {size:,} bytes, {report.bytes:,} were promised"
-    _write_text(run.out / "report.txt", f"{report}\n{written}\n\n{_accuracies(run.results)}\n")
+    size = run.save_packed(packed)
+    text = f"{report}\n{PACKED} of {size:,} bytes, {report.bytes:,} were promised"
+    return _finish(run, report.to_dict(), text, size)
+
+
+def _train_baseline(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
+    recipe, model = run.recipe, run.model
+    if recipe.method == "float":
+        run.results["hard_accuracy"] = run.results["float_accuracy"]
+        return _finish(run, None, "float", (run.out / FLOAT).stat().st_size)
+    if recipe.method == "lsq":
+        baselines.learn_steps_(model, recipe.bits, recipe.quantization.config())
+        if state is not None:
+            model.load_state_dict(state["model"])
+        _train_phase(run, "lsq", _optimizer(recipe, model, quantized=True), None, state, _teacher(run))
+        run.estimate_statistics(FINAL_STATISTICS)
+        run.results["soft_accuracy"] = evaluate(model, run.dataset)
+        baselines.pack_learnt_(model, recipe.bits)
+    else:
+        baselines.round_(model, recipe.bits, recipe.quantization.config())
+    run.estimate_statistics(FINAL_STATISTICS)
+    run.results["hard_accuracy"] = evaluate(model, run.dataset)
+    size = run.save_packed(model)
+    summary = csq.nn.pack.summary(model)
+    return _finish(run, summary.to_dict(), f"{summary}\n{PACKED} of {size:,} bytes", size)
+
+
+def _finish(run: _Run, scheme: dict[str, Any] | None, text: str, size: int) -> dict[str, Any]:
+    """Write the report, and mark the run as done."""
+    recipe = run.recipe
+    seconds = round(run.clock.seconds(), 1)
+    result = {"recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "seconds": seconds}
+    result |= {**run.results, "file_bytes": size, "scheme": scheme}
+    _write_text(run.out / "report.txt", f"{text}\n\n{_accuracies(run.results)}\n")
     _write_text(run.out / "report.json", json.dumps(result, indent=2) + "\n")
-    run.save("done", run.csq_steps)
+    run.save("done", run.quantized_steps)
     return result
 
 
 def _accuracies(results: dict[str, float]) -> str:
-    soft, hard = results["soft_accuracy"], results["hard_accuracy"]
     lines = []
     if "float_accuracy" in results:
         lines.append(f"float accuracy          {results['float_accuracy']:7.2%}")
-    lines.append(f"soft accuracy           {soft:7.2%}")
-    lines.append(f"exact-integer accuracy  {hard:7.2%}")
-    lines.append(f"soft/hard gap           {100 * abs(soft - hard):6.2f}  points")
+    if "soft_accuracy" in results:
+        lines.append(f"soft accuracy           {results['soft_accuracy']:7.2%}")
+    lines.append(f"exact-integer accuracy  {results['hard_accuracy']:7.2%}")
+    if "soft_accuracy" in results:
+        gap = abs(results["soft_accuracy"] - results["hard_accuracy"])
+        lines.append(f"soft/hard gap           {100 * gap:6.2f}  points")
     return "\n".join(lines)

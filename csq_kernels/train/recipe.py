@@ -65,8 +65,8 @@ class Epochs(_Section):
     float_: int = Field(
         default=0, ge=0, alias="float", description="of the float baseline that CSQ starts from; 0: none"
     )
-    search: int = Field(ge=1, description="with moving gates, until the budget is met")
-    finetune: int = Field(ge=1, description="with the scheme fixed, until the bits have decided")
+    search: int = Field(ge=0, description="with moving gates, until the budget is met")
+    finetune: int = Field(ge=0, description="with the scheme fixed, until the bits have decided")
 
 
 class Optimizer(_Section):
@@ -102,6 +102,13 @@ class SearchOptions(_Section):
     schedule: Literal["exponential", "linear", "cosine"] = _SEARCH_DEFAULTS["schedule"]
 
 
+class Distillation(_Section):
+    """The float model teaches: ``(1 - weight) * loss + weight * temperature^2 * KL(teacher || student)``."""
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+
+
 class Checkpoint(_Section):
     minutes: float = Field(default=5.0, gt=0, description="save when the last one is older")
     steps: int | None = Field(default=None, ge=1, description="save every so many steps as well")
@@ -112,12 +119,25 @@ class Recipe(_Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
+    method: Literal["csq", "lsq", "round", "float"] = Field(
+        default="csq",
+        description="csq; or a baseline: lsq trains uniform precision for the epochs of search and finetune, round "
+        "rounds the float model, float stops there",
+    )
+    bits: int = Field(default=3, ge=2, le=8, description="of every layer, with method lsq or round")
     data: Data
     model: Model
+    init: str | None = Field(
+        default=None, description="start from the float weights of this run's folder, or of a safetensors file"
+    )
     quantization: Quantization = Quantization()
     budget: str = Field(default="3.0 bits", description="what Search accepts; bits are stored bits")
     epochs: Epochs
     batch_size: int = Field(default=128, ge=2)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast in training; every measured accuracy is of float32"
+    )
+    distillation: Distillation | None = None
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     search: SearchOptions = SearchOptions()
@@ -125,6 +145,21 @@ class Recipe(_Section):
     clip_grad_norm: float | None = Field(default=None, gt=0)
     checkpoint: Checkpoint = Checkpoint()
     log_every: int = Field(default=20, ge=1, description="steps between two lines of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _long_enough(self):
+        epochs = self.epochs
+        if self.method == "csq" and (epochs.search < 1 or epochs.finetune < 1):
+            raise ValueError(
+                f"expected epochs.search and epochs.finetune of at least 1, got {epochs.search}, {epochs.finetune}"
+            )
+        if self.method == "lsq" and epochs.search + epochs.finetune < 1:
+            raise ValueError("expected epochs of search or finetune of at least 1, got 0")
+        if self.method in ("lsq", "round") and self.quantization.act_bits is not None:
+            raise ValueError(f"expected act_bits null with method {self.method}, got {self.quantization.act_bits}")
+        if self.distillation is not None and self.init is None and epochs.float_ == 0:
+            raise ValueError("expected a float model to distil from, got neither init nor epochs.float")
+        return self
 
     @field_validator("budget")
     @classmethod
