@@ -23,6 +23,7 @@ def app() -> "typer.Typer":
     )
     functions: dict[str, Callable[..., Any]] = {
         "train": train.train,
+        "sweep": train.sweep,
         "pack": packed.pack,
         "inspect": packed.inspect,
         "verify": packed.verify,

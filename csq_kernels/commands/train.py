@@ -1,7 +1,9 @@
-"""``csq train``."""
+"""``csq train`` and ``csq sweep``."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,27 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what can go wrong in training into one line and an exit code."""
+    from csq_kernels.train import checkpoint, data, loop
+    from csq_kernels.train import recipe as recipes
+
+    try:
+        yield
+    except (recipes.RecipeError, loop.TrainingError, data.DataNotFoundError, data.DataError) as error:
+        raise fail(str(error), USAGE) from None
+    except checkpoint.CheckpointError as error:
+        raise fail(str(error), FAILED) from None
+    except OSError as error:
+        raise fail(f"cannot write to {folder}: {error}; its last checkpoint stands", FAILED) from None
+    except loop.TimeUpError as error:
+        print(f"{error}; go on with --out {folder} --resume")
+        raise typer.Exit(TIME_UP) from None
+    except KeyboardInterrupt:
+        raise fail(f"interrupted; go on from the last checkpoint with --out {folder} --resume", INTERRUPTED) from None
+
+
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with the package, or a YAML file.")
@@ -30,7 +53,10 @@ def train(
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
     seed: Annotated[int | None, typer.Option(min=0, help="Replaces the recipe's seed.")] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
+        float | None, typer.Option(min=0, help="End within so many minutes with a whole model: shorten what is longer.")
+    ] = None,
+    pause_after: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint to resume from.")
     ] = None,
 ):
     """Train a network with CSQ: a float baseline, the search for bits within a budget, exact integers.
@@ -49,12 +75,12 @@ def train(
 
       csq train fashion_mnist_resnet20 data.root=/data/fashion --device cuda
 
-    Exit codes: 0 finished, 1 failed, 2 wrong recipe, option or data, 3 --max-minutes over, 130 interrupted.
+    Exit codes: 0 finished, 1 failed, 2 wrong recipe, option or data, 3 out of time, 130 interrupted.
     """
     try:
         import rich.console
 
-        from csq_kernels.train import checkpoint, data, display, loop, plots
+        from csq_kernels.train import display, loop, plots
         from csq_kernels.train import recipe as recipes
     except ImportError as error:
         raise missing(error) from None
@@ -66,21 +92,10 @@ def train(
         raise fail(str(error), USAGE) from None
     folder = out if out is not None else _free_folder(chosen.name)
     console = rich.console.Console()
-    try:
-        with display.make(console) as shown:
-            result = loop.train(chosen, folder, resume=resume, device=device, max_minutes=max_minutes, display=shown)
-        pictures = _draw(plots, folder)
-    except (loop.TrainingError, data.DataNotFoundError, data.DataError) as error:
-        raise fail(str(error), USAGE) from None
-    except checkpoint.CheckpointError as error:
-        raise fail(str(error), FAILED) from None
-    except OSError as error:
-        raise fail(f"cannot write to {folder}: {error}; its last checkpoint stands", FAILED) from None
-    except loop.TimeUpError as error:
-        print(f"{error}; go on with --out {folder} --resume")
-        raise typer.Exit(TIME_UP) from None
-    except KeyboardInterrupt:
-        raise fail(f"interrupted; go on from the last checkpoint with --out {folder} --resume", INTERRUPTED) from None
+    with _explained(folder), display.make(console) as shown:
+        times = {"max_minutes": max_minutes, "pause_after": pause_after}
+        result = loop.train(chosen, folder, resume=resume, device=device, display=shown, **times)
+    pictures = _draw(plots, folder)
     print((folder / "report.txt").read_text())
     print(f"{result['seconds']:.0f} s; everything is in {folder}{pictures}")
 
@@ -90,3 +105,35 @@ def _draw(plots, folder: Path) -> str:
         return f": {', '.join(path.name for path in plots.write(folder))}"
     except ImportError as error:
         return f" (no pictures: {error})"
+
+
+def sweep(
+    run: Annotated[Path, typer.Argument(help="Folder of a run whose search is over.")],
+    budgets: Annotated[list[str], typer.Argument(metavar="BUDGET...", help='Such as "2 bits" "2.5 bits" "0.05 MB".')],
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of finetuning for each budget; default: those of the run.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+):
+    """Meet several budgets from one search: a finetuned network for each, and a table.
+
+    The search of the run is not repeated: its gates say which bits each budget
+    keeps. What is finished already is not trained again.
+
+    Example:
+
+      csq sweep runs/demo "2 bits" "2.5 bits" "4 bits" --epochs 3
+
+    Exit codes: 0 finished, 1 failed, 2 wrong run or budget, 130 interrupted.
+    """
+    try:
+        import rich.console
+
+        from csq_kernels.train import display
+        from csq_kernels.train import sweep as sweeps
+    except ImportError as error:
+        raise missing(error) from None
+    with _explained(run), display.make(rich.console.Console()) as shown:
+        rows = sweeps.sweep(run, budgets, epochs=epochs, device=device, display=shown)
+    print(sweeps.show(rows))
+    print(f"also in {run / 'sweep.csv'}")

@@ -8,10 +8,11 @@ import copy
 import json
 import math
 import os
+import pickle
 import platform
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ METRICS = "metrics.jsonl"
 PACKED = "model.safetensors"
 # The weights that CSQ starts from, and the teacher's.
 FLOAT = "float.safetensors"
+# The model at the end of its search, from which another budget can be met without searching again.
+SEARCHED = "searched.pt"
+# Seconds of steps that are timed before a run that must end in time, and the share of the time that is planned for.
+_TIMED_SECONDS, _PLANNED_SHARE = 3.0, 0.9
 # Batches for batch-norm statistics: of the final models, and after each epoch of the search.
 FINAL_STATISTICS, SEARCH_STATISTICS = 100, 20
 # What a resumed run may change without becoming another run.
@@ -114,12 +119,14 @@ def evaluate(model: nn.Module, dataset: data.Dataset) -> float:
 
 
 class _Clock:
-    """Seconds spent in a run, across interruptions, and the moments to save and to stop."""
+    """Seconds spent in a run, across interruptions, and the moments to save, to pause and to come to an end."""
 
-    def __init__(self, spent: float, max_minutes: float | None):
-        self._start = time.monotonic() - spent
-        self._saved = time.monotonic()
-        self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    def __init__(self, spent: float, pause_after: float | None, max_minutes: float | None):
+        now = time.monotonic()
+        self._start = now - spent
+        self._saved = now
+        self._pause = math.inf if pause_after is None else now + 60 * pause_after
+        self.end = math.inf if max_minutes is None else self._start + 60 * max_minutes
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
@@ -131,8 +138,33 @@ class _Clock:
         by_step = options.steps is not None and step % options.steps == 0
         return by_step or time.monotonic() - self._saved >= 60 * options.minutes
 
-    def time_is_up(self) -> bool:
-        return time.monotonic() >= self._end
+    def seconds_left(self) -> float:
+        """Until the run must have ended, with a model."""
+        return self.end - time.monotonic()
+
+    def pause_is_due(self) -> bool:
+        return time.monotonic() >= self._pause
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of each stage; LSQ trains through both of the last."""
+
+    float_: int
+    search: int
+    finetune: int
+
+    @property
+    def quantized(self) -> int:
+        return self.search + self.finetune
+
+    @property
+    def total(self) -> int:
+        return self.float_ + self.quantized
+
+    def shortened(self, share: float) -> "Steps":
+        """So much of each stage, and one step at least of a stage that has any."""
+        return Steps(*(min(count, max(1, int(share * count))) for count in astuple(self)))
 
 
 @dataclass
@@ -147,25 +179,24 @@ class _Run:
     display: Display
     clock: _Clock
     results: dict[str, float]
+    steps: Steps = Steps(0, 0, 0)
+    # Of the time that is left, for what comes after the last step.
+    seconds_to_finish: float = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.dataset.train_labels) // self.recipe.batch_size
 
-    @property
-    def float_steps(self) -> int:
-        return self.recipe.epochs.float_ * self.steps_per_epoch
-
-    @property
-    def quantized_steps(self) -> int:
-        """Of the phase after the float one: CSQ's search and finetune, or as long a training of LSQ."""
-        if self.recipe.method not in ("csq", "lsq"):
-            return 0
-        return (self.recipe.epochs.search + self.recipe.epochs.finetune) * self.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        return self.float_steps + self.quantized_steps
+    def planned_steps(self) -> Steps:
+        """What the recipe asks for."""
+        epochs, method = self.recipe.epochs, self.recipe.method
+        stages = (epochs.float_, epochs.search, epochs.finetune)
+        used = (
+            self.recipe.search_from is None,
+            method in ("csq", "lsq") and self.recipe.search_from is None,
+            method in ("csq", "lsq"),
+        )
+        return Steps(*(count * self.steps_per_epoch * is_used for count, is_used in zip(stages, used, strict=True)))
 
     def statistics_batches(self, count: int) -> Iterator[Tensor]:
         """Training images without augmentation, in batches like those of training."""
@@ -211,6 +242,10 @@ class _Run:
         state = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(self.out / FLOAT, lambda file: file.write(safetensors.torch.save(state)))
 
+    def save_searched(self) -> None:
+        state = {"model": self.model.state_dict(), "recipe": self.recipe.dump(), "results": self.results}
+        write_atomically(self.out / SEARCHED, lambda file: torch.save(state, file))
+
     def save(self, phase: str, step: int, optimizer=None, search=None, window: Tensor | None = None) -> None:
         rng = [torch.get_rng_state()]
         if self.device.type == "cuda":
@@ -222,6 +257,7 @@ class _Run:
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "search": None if search is None else search.state_dict(),
             "window": window,
+            "steps": astuple(self.steps),
             "rng": rng,
             "results": self.results,
             "seconds": self.clock.seconds(),
@@ -232,15 +268,65 @@ class _Run:
 
 
 def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> csq.Search:
-    epochs = run.recipe.epochs
+    steps = run.steps
     return csq.Search(
         model,
         budget=run.recipe.budget,
-        total_steps=run.quantized_steps,
+        total_steps=steps.quantized,
         optimizer=optimizer,
-        search_share=epochs.search / (epochs.search + epochs.finetune),
+        search_share=steps.search / steps.quantized,
         **run.recipe.search.model_dump(),
     )
+
+
+def _timed_steps(run: _Run, optimizer, model: nn.Module, penalty: Callable[[], Tensor | float]) -> float:
+    """Seconds a step takes, the first one left out."""
+    counted, start = -1, time.monotonic()
+    while counted < 2 or time.monotonic() - start < _TIMED_SECONDS:
+        if counted == 0:
+            start = time.monotonic()
+        images, labels = run.dataset.train_batch(torch.arange(run.recipe.batch_size))
+        with run.autocast():
+            loss = F.cross_entropy(model(images).float(), labels) + penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        counted += 1
+    return (time.monotonic() - start) / counted
+
+
+def _fit_into_time(run: _Run, shorten: bool) -> None:
+    """Measure steps and evaluations on a copy, and shorten the stages until they fit into the time that is left."""
+    recipe, steps = run.recipe, run.steps
+    with torch.random.fork_rng():
+        copied = copy.deepcopy(run.model)
+        start = time.monotonic()
+        evaluate(copied, run.dataset)
+        # Statistics, evaluations and files at the end take about as long as four evaluations.
+        evaluation = time.monotonic() - start
+        run.seconds_to_finish = 4 * evaluation
+        if not shorten:
+            return
+        seconds = _timed_steps(run, _optimizer(recipe, copied, quantized=False), copied, float) if steps.float_ else 0.0
+        needed = seconds * steps.float_
+        if steps.quantized and recipe.method == "csq":
+            csq.prepare_(copied, recipe.quantization.config())
+            optimizer = _optimizer(recipe, copied, quantized=True)
+            needed += _timed_steps(run, optimizer, copied, _search(run, copied, None).penalty) * steps.quantized
+        elif steps.quantized:
+            baselines.learn_steps_(copied, recipe.bits, recipe.quantization.config())
+            needed += _timed_steps(run, _optimizer(recipe, copied, quantized=True), copied, float) * steps.quantized
+    needed += evaluation * steps.total / run.steps_per_epoch
+    available = _PLANNED_SHARE * (run.clock.seconds_left() - run.seconds_to_finish)
+    if needed > available:
+        if available <= 0:
+            raise TrainingError(
+                f"expected max_minutes that leave time for a step, got {-run.clock.seconds_left() / 60}"
+            )
+        run.steps = steps.shortened(available / needed)
+        run.display.note(
+            f"{needed / 60:.1f} minutes would be needed: trains {run.steps.total} of {steps.total} steps to end in time"
+        )
 
 
 def _check_quantization(run: _Run) -> None:
@@ -273,7 +359,7 @@ def _train_phase(
     """Train for the steps of ``phase`` (``float``, ``csq`` or ``lsq``), from ``state`` on if it is given."""
     recipe, model, dataset = run.recipe, run.model, run.dataset
     phase_number = 0 if phase == "float" else 1
-    total = run.float_steps if phase == "float" else run.quantized_steps
+    total = run.steps.float_ if phase == "float" else run.steps.quantized
     # Loss, correct predictions, samples since the last line of metrics. On the device: nothing waits for it in between.
     window = torch.zeros(3, dtype=torch.float64, device=run.device)
     first = 0
@@ -313,6 +399,8 @@ def _train_phase(
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
             optimizer.step()
             if search is not None:
+                if stage == "search" and search.steps_done + 1 == search.search_steps:
+                    run.save_searched()
                 search.step()
 
             window[0] += task.detach() * len(labels)
@@ -325,12 +413,20 @@ def _train_phase(
                 metrics.flush()
                 run.display.update(record)
                 window = torch.zeros_like(window)
-            time_is_up = run.clock.time_is_up()
-            if time_is_up or done == total or run.clock.save_is_due(recipe.checkpoint, done):
+            pause = run.clock.pause_is_due()
+            # The float phase is no end: what it gives can be gone on with.
+            late = run.clock.seconds_left() < run.seconds_to_finish
+            pause |= late and phase == "float" and done < total
+            if pause or done == total or run.clock.save_is_due(recipe.checkpoint, done):
                 os.fsync(metrics.fileno())
                 run.save(phase, done, optimizer, search, window)
-            if time_is_up:
+            if pause:
                 raise TimeUpError(f"stopped after step {done} of {total} of the {phase} phase")
+            if late and done < total:
+                run.display.note(f"out of time after step {done} of {total} of the {phase} phase")
+                if search is not None and search.stage == "search":
+                    search.fix_scheme()
+                return
 
 
 def _stage_steps(stage: str, search, total: int) -> tuple[int, int]:
@@ -346,10 +442,10 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
         raise TrainingError(
             f"the loss is not finite at step {done} of the {phase} phase; lower optimizer.lr or set clip_grad_norm"
         )
-    before = 0 if phase == "float" else run.float_steps
+    before = 0 if phase == "float" else run.steps.float_
     record = {
         "iteration": before + done,
-        "total_iterations": run.total_steps,
+        "total_iterations": run.steps.total,
         "phase": stage,
         "epoch": (before + done) / run.steps_per_epoch,
         "lr_factor": factor,
@@ -435,6 +531,7 @@ def train(
     resume: bool = False,
     device: str = "cpu",
     max_minutes: float | None = None,
+    pause_after: float | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Run a recipe and leave checkpoint, metrics and report in the folder ``out``.
@@ -444,7 +541,9 @@ def train(
         out: folder of the run, made when missing.
         resume: go on from the checkpoint in ``out``.
         device: a torch device.
-        max_minutes: stop after so many minutes, with a checkpoint.
+        max_minutes: end within so many minutes, with a whole model: where the recipe would take longer, its stages are
+            shortened alike before the start.
+        pause_after: stop after so many minutes, with a checkpoint to go on from.
         display: receives progress.
 
     Returns:
@@ -452,7 +551,7 @@ def train(
 
     Raises:
         TrainingError, checkpoint.CheckpointError, data.DataNotFoundError, data.DataError: with a message for the user.
-        TimeUpError: ``max_minutes`` are over.
+        TimeUpError: ``pause_after`` minutes are over, or ``max_minutes`` before the float model was trained.
     """
     display = display or Display()
     torch_device = _device(device)
@@ -480,16 +579,19 @@ def train(
         raise TrainingError(str(error)) from None
     # Convolutions of images are a quarter to a third faster with the channels last.
     model.to(torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    clock = _Clock(0.0 if state is None else state["seconds"], max_minutes)
+    clock = _Clock(0.0 if state is None else state["seconds"], pause_after, max_minutes)
     run = _Run(recipe, out, dataset, model, torch_device, display, clock, {} if state is None else state["results"])
+    run.steps = run.planned_steps() if state is None else Steps(*state["steps"])
     _check_quantization(run)
+    if max_minutes is not None:
+        _fit_into_time(run, shorten=state is None)
     out.mkdir(parents=True, exist_ok=True)
     _write_text(out / "recipe.yaml", recipe.to_yaml())
     _write_text(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
     done_before = 0
     if state is not None:
-        done_before = state["step"] + (run.float_steps if state["phase"] != "float" else 0)
-        display.note(f"resumed {out} after {done_before} of {run.total_steps} steps")
+        done_before = state["step"] + (run.steps.float_ if state["phase"] != "float" else 0)
+        display.note(f"resumed {out} after {done_before} of {run.steps.total} steps")
     _truncate_metrics(out / METRICS, done_before)
 
     if state is None or state["phase"] == "float":
@@ -497,9 +599,9 @@ def train(
             model.load_state_dict(state["model"])
         elif recipe.init is not None:
             run.load_float(Path(recipe.init).expanduser())
-        if run.float_steps:
+        if run.steps.float_:
             _train_phase(run, "float", _optimizer(recipe, model, quantized=False), None, state)
-        if run.float_steps or recipe.init is not None:
+        if run.steps.float_ or recipe.init is not None:
             run.results["float_accuracy"] = evaluate(model, dataset)
             run.save_float()
             display.note(f"float accuracy {run.results['float_accuracy']:.2%}")
@@ -518,20 +620,43 @@ def _teacher(run: _Run) -> nn.Module | None:
     teacher = models.build(
         run.recipe.model.name, dataset.channels, dataset.image_size, dataset.classes, **run.recipe.model.options
     )
-    teacher.load_state_dict(safetensors.torch.load_file(run.out / FLOAT))
+    folder = run.out if run.recipe.search_from is None else Path(run.recipe.search_from).expanduser()
+    try:
+        teacher.load_state_dict(safetensors.torch.load_file(folder / FLOAT))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"expected the teacher's weights, got {folder / FLOAT}: {error}") from None
     return teacher.to(run.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def _load_searched(run: _Run, folder: Path) -> None:
+    """Take the model as another run's search left it."""
+    file = folder / SEARCHED
+    try:
+        state = torch.load(file, map_location=run.device, weights_only=True)
+        run.model.load_state_dict(state["model"])
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrainingError(
+            f"expected search_from with a search of {run.recipe.model.name}, got {file}: {reason}"
+        ) from None
+    run.results |= {key: value for key, value in state["results"].items() if key.startswith("float_")}
 
 
 def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     recipe, model = run.recipe, run.model
     plan = csq.prepare_(model, recipe.quantization.config())
-    if state is None:
-        run.display.note(str(plan))
-    else:
+    if state is not None:
         model.load_state_dict(state["model"])
+    elif recipe.search_from is not None:
+        _load_searched(run, Path(recipe.search_from).expanduser())
+    else:
+        run.display.note(str(plan))
     # After the model's state: it decides which planes there are to optimize.
     optimizer = _optimizer(recipe, model, quantized=True)
-    _train_phase(run, "csq", optimizer, _search(run, model, optimizer), state, _teacher(run))
+    search = _search(run, model, optimizer)
+    if state is None and recipe.search_from is not None:
+        search.fix_scheme()
+    _train_phase(run, "csq", optimizer, search, state, _teacher(run))
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
     run.results["soft_accuracy"] = evaluate(model, run.dataset)
@@ -574,7 +699,7 @@ def _finish(run: _Run, scheme: dict[str, Any] | None, text: str, size: int) -> d
     result |= {**run.results, "file_bytes": size, "scheme": scheme}
     _write_text(run.out / "report.txt", f"{text}\n\n{_accuracies(run.results)}\n")
     _write_text(run.out / "report.json", json.dumps(result, indent=2) + "\n")
-    run.save("done", run.quantized_steps)
+    run.save("done", run.steps.quantized)
     return result
 
 

@@ -130,6 +130,10 @@ class Recipe(_Section):
     init: str | None = Field(
         default=None, description="start from the float weights of this run's folder, or of a safetensors file"
     )
+    search_from: str | None = Field(
+        default=None,
+        description="take over the search of this run's folder: only the budget is met anew, then finetune",
+    )
     quantization: Quantization = Quantization()
     budget: str = Field(default="3.0 bits", description="what Search accepts; bits are stored bits")
     epochs: Epochs
@@ -149,7 +153,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _long_enough(self):
         epochs = self.epochs
-        if self.method == "csq" and (epochs.search < 1 or epochs.finetune < 1):
+        if self.method == "csq" and (epochs.finetune < 1 or (epochs.search < 1 and self.search_from is None)):
             raise ValueError(
                 f"expected epochs.search and epochs.finetune of at least 1, got {epochs.search}, {epochs.finetune}"
             )
@@ -157,8 +161,8 @@ class Recipe(_Section):
             raise ValueError("expected epochs of search or finetune of at least 1, got 0")
         if self.method in ("lsq", "round") and self.quantization.act_bits is not None:
             raise ValueError(f"expected act_bits null with method {self.method}, got {self.quantization.act_bits}")
-        if self.distillation is not None and self.init is None and epochs.float_ == 0:
-            raise ValueError("expected a float model to distil from, got neither init nor epochs.float")
+        if self.distillation is not None and not (self.init or self.search_from or epochs.float_):
+            raise ValueError("expected a float model to distil from, got none of init, search_from and epochs.float")
         return self
 
     @field_validator("budget")
