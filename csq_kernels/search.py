@@ -261,7 +261,9 @@ class Search:
 
 
 @torch.no_grad()
-def finalize_(model: nn.Module, data: Iterable | None = None, budget: str | Budget | None = None) -> Report:
+def finalize_(
+    model: nn.Module, data: Iterable | None = None, budget: str | Budget | None = None, *, meet_budget: bool = True
+) -> Report:
     """Make the hard model in place: integer codes (7) in every CSQ layer, logits freed; return the report.
 
     Args:
@@ -269,12 +271,13 @@ def finalize_(model: nn.Module, data: Iterable | None = None, budget: str | Budg
         data: batches of inputs; when given, batch-norm statistics are estimated again, since they drifted while bits
             moved.
         budget: when given and not yet met, the scheme is repaired first, and the report says how much of it is used.
+        meet_budget: False leaves a missed budget missed, and the report says so.
 
     Raises:
         ValueError: the model has no CSQ layer, or the budget cannot be met.
     """
     layers = csq_layers(model)
-    if budget is not None:
+    if budget is not None and meet_budget:
         cost = Cost(model, Budget.parse(budget))
         sets = active_sets(layers)
         if cost.total(sets) > cost.limit:

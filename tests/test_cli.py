@@ -140,7 +140,7 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        result = csq("train", *SMALL, "--max-minutes", "0")
+        result = csq("train", *SMALL, "--pause-after", "0")
         assert result.exit_code == commands.TIME_UP
     assert "--out runs/digits_mlp-2 --resume" in result.output
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits_mlp", "digits_mlp-2"}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-from csq_kernels.train import checkpoint, loop, models, recipe
+from csq_kernels.train import checkpoint, loop, models, recipe, sweep
 
 SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
 
@@ -114,11 +115,61 @@ def test_resume_after_two_real_kills(tmp_path):
     assert_same(tmp_path / "whole", broken)
 
 
-def test_max_minutes_stops_with_a_checkpoint(finished, tmp_path):
+def test_pause_after_stops_with_a_checkpoint(finished, tmp_path):
     with pytest.raises(loop.TimeUpError, match="after step 1 of 20 of the float phase"):
-        loop.train(small("data.crop=1"), tmp_path, max_minutes=0.0)
+        loop.train(small("data.crop=1"), tmp_path, pause_after=0.0)
     loop.train(small("data.crop=1"), tmp_path, resume=True)
     assert_same(finished, tmp_path)
+
+
+class Notes(loop.Display):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_max_minutes_ends_in_time_with_a_whole_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_TIMED_SECONDS", 0.1)
+    notes, minutes = Notes(), 0.2
+    started = time.monotonic()
+    long = [f"epochs.{stage}=2000" for stage in ("float", "search", "finetune")]
+    result = loop.train(recipe.load("digits_mlp", long), tmp_path, max_minutes=minutes, display=notes)
+    assert time.monotonic() - started < 60 * minutes + 3
+    assert any("to end in time" in note for note in notes.notes)
+    assert result["scheme"]["budget_met"] is True and result["hard_accuracy"] > 0.5
+    assert result["soft_accuracy"] == result["hard_accuracy"]
+
+
+def test_max_minutes_changes_nothing_where_time_is_plenty(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_TIMED_SECONDS", 0.1)
+    loop.train(small("data.crop=1"), tmp_path, max_minutes=10.0)
+    assert_same(finished, tmp_path)
+
+
+def test_out_of_time_in_the_search_the_scheme_is_fixed_at_once(tmp_path, monkeypatch):
+    """Steps that take far longer than they did when they were timed."""
+    monkeypatch.setattr(loop, "_fit_into_time", lambda run, shorten: setattr(run, "seconds_to_finish", 0.0))
+    overrides = ["epochs.float=1", "epochs.search=100000", "epochs.finetune=1"]
+    notes = Notes()
+    result = loop.train(recipe.load("digits_mlp", overrides), tmp_path, max_minutes=0.05, display=notes)
+    assert any("out of time" in note for note in notes.notes)
+    assert result["scheme"]["budget_met"] is True
+
+
+def test_a_sweep_meets_each_budget_from_one_search(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    rows = sweep.sweep(folder, ["2.5 bits", "0.004 MB"], epochs=1)
+    assert [row["budget"] for row in rows] == ["2.5 bits", "0.004 MB"]
+    assert rows[0]["stored_bits"] <= 2.5 and rows[1]["file_bytes"] <= 4000
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 3
+    before = (folder / "sweep" / "2.5-bits" / "report.json").stat().st_mtime_ns
+    assert sweep.sweep(folder, ["2.5 bits"], epochs=1) == rows[:1]
+    assert (folder / "sweep" / "2.5-bits" / "report.json").stat().st_mtime_ns == before
+    with pytest.raises(loop.TrainingError, match="expected search_from with a search of mlp, got "):
+        loop.train(small(f"search_from={tmp_path / 'nowhere'}"), tmp_path / "bad")
 
 
 def test_report_and_folder(finished):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import csq_kernels as csq
 from csq_kernels.files import write_atomically
 from csq_kernels.train import baselines, checkpoint, data, models, runs
+from csq_kernels.train.paper import PaperSearch
 
 if TYPE_CHECKING:
     from csq_kernels.train.recipe import Checkpoint, Recipe
@@ -94,7 +95,10 @@ def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.opt
     if options.name == "sgd":
         rule |= {"momentum": options.momentum, "nesterov": options.momentum > 0}
     optimizer: torch.optim.Optimizer
-    if quantized and options.step != "separate":
+    if quantized and recipe.preset == "paper":
+        # One group: logits, gates and scales decay as well.
+        optimizer = torch.optim.SGD(model.parameters(), lr, options.momentum, weight_decay=options.weight_decay)
+    elif quantized and options.step != "separate":
         single_pass = csq.optim.AdamW if options.name == "adamw" else csq.optim.SGD
         state: dict[str, Any] = {"narrow": options.step == "narrow", "seed": recipe.seed}
         optimizer = single_pass(model, weight_decay=options.weight_decay, **rule, **rates, **state)
@@ -269,6 +273,8 @@ class _Run:
 
 def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> csq.Search:
     steps = run.steps
+    if run.recipe.preset == "paper":
+        return PaperSearch(model, run.recipe.budget, steps.quantized, search_share=steps.search / steps.quantized)
     return csq.Search(
         model,
         budget=run.recipe.budget,
@@ -654,13 +660,16 @@ def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     # After the model's state: it decides which planes there are to optimize.
     optimizer = _optimizer(recipe, model, quantized=True)
     search = _search(run, model, optimizer)
+    if state is None and isinstance(search, PaperSearch):
+        search.restart_()
     if state is None and recipe.search_from is not None:
         search.fix_scheme()
     _train_phase(run, "csq", optimizer, search, state, _teacher(run))
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
     run.results["soft_accuracy"] = evaluate(model, run.dataset)
-    report = csq.finalize_(model, data=run.statistics_batches(FINAL_STATISTICS), budget=recipe.budget)
+    statistics = run.statistics_batches(FINAL_STATISTICS)
+    report = csq.finalize_(model, data=statistics, budget=recipe.budget, meet_budget=recipe.preset is None)
     run.results["hard_accuracy"] = evaluate(model, run.dataset)
     packed = copy.deepcopy(model)
     csq.pack_(packed)

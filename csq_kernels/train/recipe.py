@@ -124,6 +124,10 @@ class Recipe(_Section):
         description="csq; or a baseline: lsq trains uniform precision for the epochs of search and finetune, round "
         "rounds the float model, float stops there",
     )
+    preset: Literal["paper"] | None = Field(
+        default=None,
+        description="paper: the published rules of search, initialisation and decay, see csq_kernels.train.paper",
+    )
     bits: int = Field(default=3, ge=2, le=8, description="of every layer, with method lsq or round")
     data: Data
     model: Model
