@@ -256,15 +256,16 @@ def load(source: str, overrides: list[str] | None = None, seed: int | None = Non
     """Read a recipe.
 
     Args:
-        source: name of a recipe that comes with the package, or path of a YAML file.
+        source: path of a YAML file, or name of a recipe that comes with the package, also as ``recipes/NAME.yaml``.
         overrides: ``key=value`` with dotted keys and YAML values, such as ``optimizer.lr=0.1``.
         seed: replaces the recipe's.
 
     Raises:
         RecipeError: it cannot be found or read, or does not fit; the message names the key.
     """
-    if source in names():
-        text = (resources.files("csq_kernels.train") / "recipes" / f"{source}.yaml").read_text()
+    packaged = source.removeprefix("recipes/").removesuffix(".yaml")
+    if packaged in names() and not Path(source).is_file():
+        text = (resources.files("csq_kernels.train") / "recipes" / f"{packaged}.yaml").read_text()
     else:
         try:
             text = Path(source).read_text()
