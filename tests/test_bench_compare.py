@@ -1,0 +1,65 @@
+"""What ``bench/compare.py`` makes of two runs: drift is the machine's, a kernel slowed by a tenth is ours."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPARE = Path(__file__).parent.parent / "bench" / "compare.py"
+MACHINE = {"cpu": "some", "cores": 2, "isa": "avx2", "threads": 2, "gpu": None}
+
+
+def lines(
+    path: Path, ours: float = 1.0, drift: float = 1.0, noise: float = 0.01, seed: int = 0, rounds: int = 9
+) -> Path:
+    generator = random.Random(seed)
+    rows = []
+    for shape in ([256, 256], [1024, 1024]):
+        for provider, seconds in (("csq", 1e-3 * ours), ("eager", 2e-2), ("compiled", 8e-3)):
+            median = seconds * drift * (1 + generator.gauss(0, noise * 1.25 / rounds**0.5))
+            spread = {"median": median, "p20": median * (1 - 0.84 * noise), "p80": median * (1 + 0.84 * noise)}
+            row = {"op": "reconstruct", "provider": provider, "shape": shape, "seconds": spread, "rounds": rounds}
+            rows.append(row | {"machine": MACHINE})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def compare(old: Path, new: Path) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, COMPARE, old, new], capture_output=True, text=True)
+    assert not done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_same_speed_on_a_machine_that_drifts(tmp_path, seed):
+    old = lines(tmp_path / "old.jsonl", seed=seed)
+    code, text = compare(old, lines(tmp_path / "new.jsonl", drift=1.3, seed=seed + 100))
+    assert code == 0 and "0 slower" in text and "drift is 1.3" in text
+
+
+def test_a_tenth_slower_is_called(tmp_path):
+    old = lines(tmp_path / "old.jsonl")
+    code, text = compare(old, lines(tmp_path / "new.jsonl", ours=1.1, drift=0.8, seed=1))
+    assert code == 1 and text.count("SLOWER") == 2
+    code, text = compare(old, lines(tmp_path / "fast.jsonl", ours=0.5, seed=1))
+    assert code == 0 and text.count("faster") == 2
+
+
+def test_a_tenth_within_the_noise_is_not(tmp_path):
+    old = lines(tmp_path / "old.jsonl", noise=0.2, rounds=4)
+    new = lines(tmp_path / "new.jsonl", noise=0.2, rounds=4)
+    rows = [json.loads(line) for line in new.read_text().splitlines()]
+    for row in rows:
+        if row["provider"] == "csq":
+            row["seconds"] = {name: 1.1 * value for name, value in row["seconds"].items()}
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(old, new)[0] == 0
+
+
+def test_nothing_in_common(tmp_path):
+    other = lines(tmp_path / "new.jsonl")
+    other.write_text(other.read_text().replace('"isa": "avx2"', '"isa": "avx512"'))
+    assert compare(lines(tmp_path / "old.jsonl"), other)[0] == 2
