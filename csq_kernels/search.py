@@ -42,6 +42,8 @@ class Search:
         search_temperature: last temperature of the search stage.
         final_temperature: last temperature of the finetune stage, ``beta_max`` of (9).
         schedule: ``"exponential"`` (9), ``"linear"`` or ``"cosine"`` (in the logarithm of the temperature).
+        decision_share: share of the finetune stage, at its end, in which the temperature goes on from
+            ``search_temperature``, up to which bits learn, to ``final_temperature``, at which they are decided.
 
     Raises:
         ValueError: an argument is out of range, or the budget cannot be reached with the layers' ``min_bits``.
@@ -71,6 +73,7 @@ class Search:
         search_temperature: float = 30.0,
         final_temperature: float = 10000.0,
         schedule: str = "exponential",
+        decision_share: float = 0.2,
     ):
         if total_steps < 2:
             raise ValueError(f"expected total_steps of at least 2, got {total_steps}")
@@ -81,6 +84,8 @@ class Search:
                 raise ValueError(f"expected {name} of at least 1 and finite, got {value}")
         if not 0 <= strength < math.inf:
             raise ValueError(f"expected strength of at least 0 and finite, got {strength}")
+        if not 0 <= decision_share < 1:
+            raise ValueError(f"expected decision_share of at least 0 and below 1, got {decision_share}")
         if schedule not in SCHEDULES:
             raise ValueError(f"expected schedule as one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.model = model
@@ -92,6 +97,7 @@ class Search:
         self.search_temperature = search_temperature
         self.final_temperature = final_temperature
         self.schedule = schedule
+        self.decision_share = decision_share
         self.steps_done = 0
         self.cost = Cost(model, self.budget)
         self.layers = self.cost.layers
@@ -121,16 +127,24 @@ class Search:
     def temperature(self) -> float:
         """beta of (9) for the step that comes next."""
         if self.stage == "search":
-            done, length, last = self.steps_done, self.search_steps, self.search_temperature
-        else:
-            done = min(self.steps_done, self.total_steps) - self.search_steps
-            length, last = self.total_steps - self.search_steps, self.final_temperature
-        share = done / length
+            return self._rise(1.0, self.search_temperature, self.steps_done / self.search_steps)
+        done = min(self.steps_done, self.total_steps) - self.search_steps
+        share = done / (self.total_steps - self.search_steps)
+        learning = 1 - self.decision_share
+        if learning == 1:
+            return self._rise(1.0, self.final_temperature, share)
+        middle = min(self.search_temperature, self.final_temperature)
+        if share <= learning:
+            return self._rise(1.0, middle, share / learning)
+        return self._rise(middle, self.final_temperature, (share - learning) / self.decision_share)
+
+    def _rise(self, first: float, last: float, share: float) -> float:
+        """The temperature after so much of the way from ``first`` to ``last``."""
         if self.schedule == "linear":
-            return 1 + (last - 1) * share
+            return first + (last - first) * share
         if self.schedule == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
-        return last**share
+        return first * (last / first) ** share
 
     def target(self) -> float:
         """Cost to steer to: from the first cost to the budget over two thirds of the search, then the budget."""

@@ -100,6 +100,9 @@ class SearchOptions(_Section):
     search_temperature: float = Field(default=_SEARCH_DEFAULTS["search_temperature"], ge=1)
     final_temperature: float = Field(default=_SEARCH_DEFAULTS["final_temperature"], ge=1, description="beta_max")
     schedule: Literal["exponential", "linear", "cosine"] = _SEARCH_DEFAULTS["schedule"]
+    decision_share: float = Field(
+        default=_SEARCH_DEFAULTS["decision_share"], ge=0, lt=1, description="of the finetune stage, where bits decide"
+    )
 
 
 class Distillation(_Section):
