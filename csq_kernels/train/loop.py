@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import csq_kernels as csq
 from csq_kernels.files import write_atomically
-from csq_kernels.train import checkpoint, data, models, runs
+from csq_kernels.train import checkpoint, data, measure, models, runs
 
 if TYPE_CHECKING:
     from csq_kernels.train.recipe import Checkpoint, Recipe
@@ -313,6 +313,9 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
         record["layer_bits"] = search.layer_bits()
         if "test_accuracy" in record and stage == "search":
             record["warnings"] = search.health()
+    if search is not None and "test_accuracy" in record:
+        batches = run.statistics_batches(SEARCH_STATISTICS)
+        record |= measure.measure(run.model, batches, lambda model: evaluate(model, run.dataset))
     record["seconds"] = round(run.clock.seconds(), 2)
     return record
 
