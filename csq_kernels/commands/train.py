@@ -36,8 +36,8 @@ def train(
     """Train a network with CSQ: a float baseline, the search for bits within a budget, exact integers.
 
     The folder of the run holds its recipe, metrics.jsonl, report.txt and .json,
-    environment.json, pictures and the checkpoint. A run that was killed goes on
-    with --resume and ends with the very same bits.
+    environment.json, the checkpoint, and report.html with its pictures. A run that
+    was killed goes on with --resume and ends with the very same bits.
 
     Examples:
 
@@ -54,7 +54,7 @@ def train(
     try:
         import rich.console
 
-        from csq_kernels.train import checkpoint, data, display, loop, plots
+        from csq_kernels.train import checkpoint, data, display, loop
         from csq_kernels.train import recipe as recipes
     except ImportError as error:
         raise missing(error) from None
@@ -69,7 +69,7 @@ def train(
     try:
         with display.make(console) as shown:
             result = loop.train(chosen, folder, resume=resume, device=device, max_minutes=max_minutes, display=shown)
-        pictures = _draw(plots, folder)
+        pages = _write_page(folder)
     except (loop.TrainingError, data.DataNotFoundError, data.DataError) as error:
         raise fail(str(error), USAGE) from None
     except checkpoint.CheckpointError as error:
@@ -82,11 +82,16 @@ def train(
     except KeyboardInterrupt:
         raise fail(f"interrupted; go on from the last checkpoint with --out {folder} --resume", INTERRUPTED) from None
     print((folder / "report.txt").read_text())
-    print(f"{result['seconds']:.0f} s; everything is in {folder}{pictures}")
+    print(f"{result['seconds']:.0f} s; everything is in {folder}{pages}")
 
 
-def _draw(plots, folder: Path) -> str:
+def _write_page(folder: Path) -> str:
+    """What to say of the page and its pictures; they need matplotlib, and training does not."""
+    from csq_kernels.train import results, runs
+
     try:
-        return f": {', '.join(path.name for path in plots.write(folder))}"
-    except ImportError as error:
-        return f" (no pictures: {error})"
+        from csq_kernels.train import page
+
+        return f": {', '.join(path.name for path in page.write(results.read(folder)))}"
+    except (ImportError, runs.RunError) as error:
+        return f" (no report.html: {error})"
