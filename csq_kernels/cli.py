@@ -12,7 +12,7 @@ except ImportError:
 
 def app() -> "typer.Typer":
     """The command with its sub-commands."""
-    from csq_kernels.commands import data, info, packed, train
+    from csq_kernels.commands import data, info, packed, report, train
 
     command = typer.Typer(
         name="csq",
@@ -24,6 +24,8 @@ def app() -> "typer.Typer":
     functions: dict[str, Callable[..., Any]] = {
         "train": train.train,
         "sweep": train.sweep,
+        "report": report.report,
+        "compare": report.compare,
         "pack": packed.pack,
         "inspect": packed.inspect,
         "verify": packed.verify,

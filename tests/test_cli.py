@@ -29,7 +29,9 @@ def assert_fails(result, code: int, *parts: str) -> None:
         assert part in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in "train pack inspect verify eval data info".split())])
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name in "train report compare pack inspect verify eval data info".split())]
+)
 def test_help(arguments):
     result = csq(*arguments, "--help")
     assert result.exit_code == 0
@@ -51,6 +53,8 @@ def test_train_prints_plain_lines_and_fills_its_folder(tmp_path):
     assert names >= {"recipe.yaml", "metrics.jsonl", "report.txt", "report.json", "environment.json", checkpoint.NAME}
     for picture in ("bits_per_layer.png", "bits_over_time.png", "training.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    assert f"everything is in {tmp_path / 'run'}: report.html, table.csv, bits_per_layer.png" in result.output
+    assert "digits_mlp" in (tmp_path / "run" / "report.html").read_text()
 
     assert_fails(csq("train", *SMALL, "--out", str(tmp_path / "run")), commands.USAGE, "--resume")
     again = csq("train", str(tmp_path / "run" / "recipe.yaml"), "--out", str(tmp_path / "run"), "--resume")
@@ -204,6 +208,20 @@ def test_missing_packages_say_how_to_install():
         result = subprocess.run([sys.executable, "-c", script % (module, arguments)], capture_output=True, text=True)
         assert result.returncode == 1
         assert 'pip install "csq_kernels[train]"' in result.stderr and "Traceback" not in result.stderr
+
+
+def test_training_needs_no_matplotlib(tmp_path):
+    """The run is whole, and what is missing is said."""
+    pytest.importorskip("sklearn")
+    arguments = ["csq", "train", *SMALL, "--out", str(tmp_path / "run")]
+    script = "import sys; sys.modules['matplotlib'] = None; sys.argv = %r; from csq_kernels import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", script % arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "(no report.html: " in done.stdout and "matplotlib" in done.stdout
+    assert (tmp_path / "run" / "report.json").exists() and not (tmp_path / "run" / "report.html").exists()
+    arguments = ["csq", "report", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", script % arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and 'pip install "csq_kernels[train]"' in done.stderr
 
 
 def test_the_bar_on_a_terminal_shows_the_figures():

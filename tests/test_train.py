@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-from csq_kernels.train import checkpoint, loop, models, recipe, sweep
+from csq_kernels.train import checkpoint, loop, measure, models, recipe, sweep
 
 SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
 
@@ -75,6 +75,19 @@ class Interrupt(loop.Display):
 def test_two_runs_agree(finished, tmp_path):
     loop.train(small("data.crop=1"), tmp_path)
     assert_same(finished, tmp_path)
+
+
+def test_measuring_changes_no_bit_of_a_run(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda *_: {})
+    loop.train(small("data.crop=1"), tmp_path)
+    (report, records, model), (measured_report, measured, measured_model) = outcome(tmp_path), outcome(finished)
+    assert report == measured_report
+    assert all(torch.equal(values, measured_model[name]) for name, values in model.items())
+    added = {"hard_accuracy", "gates", "weight_gap", "undecided"}
+    assert [{key: record[key] for key in record.keys() - added} for record in measured] == records
+    assert [added <= record.keys() for record in measured] == [
+        record["phase"] != "float" and "test_accuracy" in record for record in records
+    ]
 
 
 def test_another_seed_differs(finished, tmp_path):

@@ -62,8 +62,8 @@ def train(
     """Train a network with CSQ: a float baseline, the search for bits within a budget, exact integers.
 
     The folder of the run holds its recipe, metrics.jsonl, report.txt and .json,
-    environment.json, pictures and the checkpoint. A run that was killed goes on
-    with --resume and ends with the very same bits.
+    environment.json, the checkpoint, and report.html with its pictures. A run that
+    was killed goes on with --resume and ends with the very same bits.
 
     Examples:
 
@@ -80,7 +80,7 @@ def train(
     try:
         import rich.console
 
-        from csq_kernels.train import display, loop, plots
+        from csq_kernels.train import display, loop
         from csq_kernels.train import recipe as recipes
     except ImportError as error:
         raise missing(error) from None
@@ -95,16 +95,21 @@ def train(
     with _explained(folder), display.make(console) as shown:
         times = {"max_minutes": max_minutes, "pause_after": pause_after}
         result = loop.train(chosen, folder, resume=resume, device=device, display=shown, **times)
-    pictures = _draw(plots, folder)
+    pages = _write_page(folder)
     print((folder / "report.txt").read_text())
-    print(f"{result['seconds']:.0f} s; everything is in {folder}{pictures}")
+    print(f"{result['seconds']:.0f} s; everything is in {folder}{pages}")
 
 
-def _draw(plots, folder: Path) -> str:
+def _write_page(folder: Path) -> str:
+    """What to say of the page and its pictures; they need matplotlib, and training does not."""
+    from csq_kernels.train import results, runs
+
     try:
-        return f": {', '.join(path.name for path in plots.write(folder))}"
-    except ImportError as error:
-        return f" (no pictures: {error})"
+        from csq_kernels.train import page
+
+        return f": {', '.join(path.name for path in page.write(results.read(folder)))}"
+    except (ImportError, runs.RunError) as error:
+        return f" (no report.html: {error})"
 
 
 def sweep(

@@ -17,6 +17,8 @@ def describe(record: dict[str, Any]) -> str:
     parts = [f"{record['phase']:<8}", f"loss {record['loss']:.4f}", f"train {record['train_accuracy']:.2%}"]
     if "test_accuracy" in record:
         parts.append(f"test {record['test_accuracy']:.2%}")
+    if "hard_accuracy" in record:
+        parts.append(f"hard {record['hard_accuracy']:.2%}")
     if "stored_bits" in record:
         unit = record["budget"].partition(" ")[2]
         parts.append(f"bits {record['paper_bits']:.2f} paper {record['stored_bits']:.2f} stored")
