@@ -228,7 +228,7 @@ def test_half_written_metrics_are_dropped(finished, tmp_path):
 
 
 def test_without_float_phase(tmp_path):
-    result = loop.train(small("epochs.float=0", "optimizer.csq_lr=0.1"), tmp_path)
+    result = loop.train(small("epochs.float=0", "csq_optimizer={name: adamw, lr: 0.002}"), tmp_path)
     assert "float_accuracy" not in result and result["scheme"]["budget_met"]
     assert "float accuracy" not in (tmp_path / "report.txt").read_text()
 

@@ -87,12 +87,12 @@ def _generator(seed: int, *path: int) -> torch.Generator:
 
 
 def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.optim.Optimizer:
-    options = recipe.optimizer
-    lr = options.csq_lr if quantized and options.csq_lr is not None else options.lr
+    # What is not a CSQ model is trained as the float model is, by torch.optim.
+    quantized = quantized and recipe.method == "csq"
+    options = recipe.csq_optimizer if quantized and recipe.csq_optimizer is not None else recipe.optimizer
+    lr = options.lr
     rates: dict[str, Any] = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
     rule: dict[str, Any] = {"lr": lr}
-    # What is not a CSQ model is trained by torch.optim.
-    quantized = quantized and recipe.method == "csq"
     if options.name == "sgd":
         rule |= {"momentum": options.momentum, "nesterov": options.momentum > 0}
     optimizer: torch.optim.Optimizer

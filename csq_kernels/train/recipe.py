@@ -71,11 +71,10 @@ class Epochs(_Section):
 
 class Optimizer(_Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(gt=0, description="of the float phase, and of what CSQ leaves float")
-    csq_lr: float | None = Field(default=None, gt=0, description="replaces lr after the float phase")
-    logit_lr: float | None = Field(default=None, gt=0, description="of bit logits; default: csq_lr")
-    gate_lr: float | None = Field(default=None, gt=0, description="of gate logits; default: csq_lr")
-    scale_lr: float | None = Field(default=None, gt=0, description="of scales; default: csq_lr")
+    lr: float = Field(gt=0, description="of what is not named below")
+    logit_lr: float | None = Field(default=None, gt=0, description="of bit logits; default: lr")
+    gate_lr: float | None = Field(default=None, gt=0, description="of gate logits; default: lr")
+    scale_lr: float | None = Field(default=None, gt=0, description="of scales; default: lr")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, in Nesterov's form unless 0")
     weight_decay: float = Field(
         default=0.0, ge=0, description="of float weights; logits, gates and scales are never decayed"
@@ -150,6 +149,9 @@ class Recipe(_Section):
     )
     distillation: Distillation | None = None
     optimizer: Optimizer
+    csq_optimizer: Optimizer | None = Field(
+        default=None, description="of search and finetune; default: optimizer. Bits like Adam"
+    )
     schedule: Schedule = Schedule()
     search: SearchOptions = SearchOptions()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
