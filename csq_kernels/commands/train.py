@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -100,14 +100,15 @@ def train(
     print(f"{result['seconds']:.0f} s; everything is in {folder}{pages}")
 
 
-def _write_page(folder: Path) -> str:
+def _write_page(folder: Path, against: Sequence[Path] = ()) -> str:
     """What to say of the page and its pictures; they need matplotlib, and training does not."""
     from csq_kernels.train import results, runs
 
     try:
         from csq_kernels.train import page
 
-        return f": {', '.join(path.name for path in page.write(results.read(folder)))}"
+        others = [results.read(other) for other in against]
+        return f": {', '.join(path.name for path in page.write(results.read(folder), others))}"
     except (ImportError, runs.RunError) as error:
         return f" (no report.html: {error})"
 
@@ -141,4 +142,5 @@ def sweep(
     with _explained(run), display.make(rich.console.Console()) as shown:
         rows = sweeps.sweep(run, budgets, epochs=epochs, device=device, display=shown)
     print(sweeps.show(rows))
-    print(f"also in {run / 'sweep.csv'}")
+    pages = _write_page(run, [sweeps.folder_of(run, budget) for budget in budgets])
+    print(f"everything is in {run}: sweep.csv and, with these networks beside the run's own{pages}")

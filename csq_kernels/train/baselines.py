@@ -14,9 +14,11 @@ from torch.nn.utils import parametrize
 from csq_kernels.nn.activation import learnt_step_quantize
 from csq_kernels.nn.layer import Config
 from csq_kernels.nn.layers import CSQ_CLASSES
+from csq_kernels.nn.pack import summary
 from csq_kernels.nn.packed import PACKED_CLASSES, PackedLayer
 from csq_kernels.nn.prepare import rule_for
 from csq_kernels.reference import along_channel
+from csq_kernels.report import LayerReport, Report
 
 _STEP_CANDIDATES = 80
 
@@ -118,6 +120,17 @@ def round_(model: nn.Module, bits: int, config: Config) -> None:
         low, high = _range(bits)
         codes = (weight / along_channel(step, weight.ndim, axis)).round().clamp(low, high).to(torch.int16)
         _pack_layer_(layer, codes, step, bits)
+
+
+def scheme(model: nn.Module, file_bytes: int) -> Report:
+    """The layers of a packed model, as ``report`` describes those of a CSQ model."""
+    rows = [
+        LayerReport(
+            row.name, row.shape, row.paper_bits, row.stored_bits, row.active, row.bytes, row.float_bytes, 0.0, 0.0
+        )
+        for row in summary(model).layers
+    ]
+    return Report(rows, file_bytes - sum(row.bytes for row in rows))
 
 
 def best_step(weight: Tensor, bits: int, channel_axis: int) -> Tensor:

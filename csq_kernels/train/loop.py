@@ -706,8 +706,8 @@ def _train_baseline(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     run.estimate_statistics(FINAL_STATISTICS)
     run.results["hard_accuracy"] = evaluate(model, run.dataset)
     size = run.save_packed(model)
-    summary = csq.nn.pack.summary(model)
-    return _finish(run, summary.to_dict(), f"{summary}\n{PACKED} of {size:,} bytes", size)
+    scheme = baselines.scheme(model, size)
+    return _finish(run, scheme.to_dict(), f"{scheme}\n{PACKED} of {size:,} bytes", size)
 
 
 def _finish(run: _Run, scheme: dict[str, Any] | None, text: str, size: int) -> dict[str, Any]:

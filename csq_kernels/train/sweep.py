@@ -15,6 +15,11 @@ from csq_kernels.train import recipe as recipes
 _COLUMNS = ("budget", "stored_bits", "file_bytes", "float_accuracy", "hard_accuracy", "seconds")
 
 
+def folder_of(folder: Path, budget: str) -> Path:
+    """Where ``budget`` is trained, within the folder of the run that was searched."""
+    return folder / "sweep" / re.sub(r"[^0-9A-Za-z.]+", "-", budget)
+
+
 def recipe_for(folder: Path, budget: str, epochs: int | None = None) -> recipes.Recipe:
     """The recipe that meets ``budget`` from the search of the run in ``folder``; ``epochs`` of finetuning.
 
@@ -57,7 +62,7 @@ def sweep(
     rows = []
     for budget in budgets:
         chosen = recipe_for(folder, budget, epochs)
-        out = folder / "sweep" / re.sub(r"[^0-9A-Za-z.]+", "-", budget)
+        out = folder_of(folder, budget)
         display.note(f"{budget}: {out}")
         resume = (out / checkpoint.NAME).exists() or (out / checkpoint.PREVIOUS).exists()
         result = loop.train(chosen, out, resume=resume, device=device, display=display)
