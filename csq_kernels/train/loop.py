@@ -32,7 +32,7 @@ PACKED = "model.safetensors"
 # Batches for batch-norm statistics: of the final models, and after each epoch of the search.
 FINAL_STATISTICS, SEARCH_STATISTICS = 100, 20
 # What a resumed run may change without becoming another run.
-_CHANGEABLE = ("checkpoint.", "data.root")
+_CHANGEABLE = ("checkpoint.", "data.root", "data.workers")
 # Numbers that keep the random streams apart.
 _ORDER, _AUGMENT, _STATISTICS = 0, 1, 2
 
@@ -96,18 +96,6 @@ def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.opt
     return optimizer
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: data.Dataset) -> float:
-    """Share of the test images that the model classifies correctly."""
-    training = model.training
-    model.eval()
-    correct = 0
-    for images, labels in dataset.test_batches(runs.EVALUATION_BATCH):
-        correct += int((model(images).argmax(1) == labels).sum())
-    model.train(training)
-    return correct / len(dataset.test_labels)
-
-
 class _Clock:
     """Seconds spent in a run, across interruptions, and the moments to save and to stop."""
 
@@ -145,7 +133,7 @@ class _Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.dataset.train_labels) // self.recipe.batch_size
+        return self.dataset.train_size // self.recipe.batch_size
 
     @property
     def float_steps(self) -> int:
@@ -156,11 +144,12 @@ class _Run:
         return (self.recipe.epochs.search + self.recipe.epochs.finetune) * self.steps_per_epoch
 
     def statistics_batches(self, count: int) -> Iterator[Tensor]:
-        """Training images without augmentation, in batches like those of training."""
+        """Training inputs without augmentation, in batches like those of training."""
         # Shuffled: files are often sorted by label, and the statistics are an average over batches.
-        order = torch.randperm(len(self.dataset.train_labels), generator=_generator(self.recipe.seed, _STATISTICS))
-        for index in order[: self.steps_per_epoch * self.recipe.batch_size].split(self.recipe.batch_size)[:count]:
-            yield self.dataset.train_batch(index)[0]
+        order = torch.randperm(self.dataset.train_size, generator=_generator(self.recipe.seed, _STATISTICS))
+        size = self.recipe.batch_size
+        batches = order[: self.steps_per_epoch * size].split(size)[:count]
+        return (inputs for inputs, _ in self.dataset.train_batches((index, None) for index in batches))
 
     def estimate_statistics(self, count: int) -> None:
         """Estimate the batch-norm statistics again, from ``count`` batches."""
@@ -181,6 +170,7 @@ class _Run:
             "results": self.results,
             "seconds": self.clock.seconds(),
             "recipe": self.recipe.dump(),
+            "data_options": self.dataset.options,
         }
         checkpoint.save(self.out, state)
         self.clock.saved()
@@ -219,12 +209,23 @@ def _restore(state: dict[str, Any], run: _Run, optimizer, search) -> Tensor:
     return state["window"].to(run.device)
 
 
+def _requests(run: _Run, phase_number: int, first: int, total: int) -> Iterator[data.Request]:
+    """What the steps of a phase train on, as functions of seed and step: data sets on disk read ahead of them."""
+    size, seed = run.recipe.batch_size, run.recipe.seed
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(first, total):
+        epoch, position = divmod(step, run.steps_per_epoch)
+        if position == 0 or step == first:
+            order = torch.randperm(run.dataset.train_size, generator=_generator(seed, _ORDER, phase_number, epoch))
+        yield order[position * size : (position + 1) * size], _generator(seed, _AUGMENT, phase_number, step)
+
+
 def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any] | None) -> None:
     """Train for the steps of ``phase`` (``float`` or ``csq``), from ``state`` on if it is given."""
     recipe, model, dataset = run.recipe, run.model, run.dataset
     phase_number = ("float", "csq").index(phase)
     total = run.float_steps if search is None else run.csq_steps
-    # Loss, correct predictions, samples since the last line of metrics. On the device: nothing waits for it in between.
+    # Loss, right predictions and all since the last line of metrics. On the device: nothing waits for it in between.
     window = torch.zeros(3, dtype=torch.float64, device=run.device)
     first = 0
     if state is not None:
@@ -232,25 +233,19 @@ def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any]
         window = _restore(state, run, optimizer, search)
     else:
         run.save(phase, 0, optimizer, search, window)
-    order = torch.empty(0, dtype=torch.int64)
+    batches = dataset.train_batches(_requests(run, phase_number, first, total))
     model.train()
     with open(run.out / METRICS, "a") as metrics:
         for step in range(first, total):
             stage = "float" if search is None else search.stage
-            epoch, position = divmod(step, run.steps_per_epoch)
-            if position == 0 or step == first:
-                generator = _generator(recipe.seed, _ORDER, phase_number, epoch)
-                order = torch.randperm(len(dataset.train_labels), generator=generator)
-            index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-            generator = _generator(recipe.seed, _AUGMENT, phase_number, step)
-            images, labels = dataset.train_batch(index, generator, recipe.data.flip, recipe.data.crop)
+            inputs, labels = next(batches)
 
             begin, end = _stage_steps(stage, search, total)
             factor = lr_factor(recipe.schedule.name, step - begin, end - begin, recipe.schedule.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
 
-            logits = model(images)
+            logits = model(inputs)
             task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             loss = task if search is None else task + search.penalty()
             optimizer.zero_grad()
@@ -261,11 +256,11 @@ def _train_phase(run: _Run, phase: str, optimizer, search, state: dict[str, Any]
             if search is not None:
                 search.step()
 
-            window[0] += task.detach() * len(labels)
+            window[0] += task.detach() * labels.numel()
             window[1] += (logits.detach().argmax(1) == labels).sum()
-            window[2] += len(labels)
+            window[2] += labels.numel()
             done = step + 1
-            if done % recipe.log_every == 0 or position + 1 == run.steps_per_epoch:
+            if done % recipe.log_every == 0 or done % run.steps_per_epoch == 0:
                 record = _record(run, phase, stage, done, window, factor, search)
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
@@ -306,7 +301,7 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
         if stage == "search":
             # A gate that has just closed leaves running statistics behind that fit no longer.
             run.estimate_statistics(SEARCH_STATISTICS)
-        record["test_accuracy"] = evaluate(run.model, run.dataset)
+        record["test_accuracy"], record["test_loss"] = runs.evaluate(run.model, run.dataset)
     if search is not None:
         progress = search.progress()
         record |= {key: progress[key] for key in ("temperature", "paper_bits", "stored_bits", "gap", "budget")}
@@ -415,13 +410,12 @@ def train(
         if state["phase"] == "done":
             return json.loads((out / "report.json").read_text())
 
-    dataset = data.load(recipe.data.name, recipe.data.root).to(torch_device)
-    if recipe.batch_size > len(dataset.train_labels):
-        raise TrainingError(f"expected batch_size of at most {len(dataset.train_labels)}, got {recipe.batch_size}")
+    dataset = runs.load_data(recipe, state).to(torch_device)
+    if recipe.batch_size > dataset.train_size:
+        raise TrainingError(f"expected batch_size of at most {dataset.train_size}, got {recipe.batch_size}")
     torch.manual_seed(recipe.seed)
-    shape = (dataset.channels, dataset.image_size, dataset.classes)
     try:
-        model = models.build(recipe.model.name, *shape, **recipe.model.options)
+        model = models.build(recipe.model.name, *dataset.sizes, **recipe.model.options)
     except ValueError as error:
         raise TrainingError(str(error)) from None
     # Convolutions of images are a quarter to a third faster with the channels last.
@@ -442,7 +436,7 @@ def train(
         if state is not None:
             model.load_state_dict(state["model"])
         _train_phase(run, "float", _optimizer(recipe, model, quantized=False), None, state)
-        run.results["float_accuracy"] = evaluate(model, dataset)
+        _measure(run, "float")
         display.note(f"float accuracy {run.results['float_accuracy']:.2%}")
         state = None
 
@@ -457,13 +451,18 @@ def train(
     return _finish(run)
 
 
+def _measure(run: _Run, kind: str) -> None:
+    """Put accuracy and loss on the test samples among the results."""
+    run.results[f"{kind}_accuracy"], run.results[f"{kind}_loss"] = runs.evaluate(run.model, run.dataset)
+
+
 def _finish(run: _Run) -> dict[str, Any]:
     """Measure the soft model, make the integers, measure them, write the packed file and the report."""
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
-    run.results["soft_accuracy"] = evaluate(run.model, run.dataset)
+    _measure(run, "soft")
     report = csq.finalize_(run.model, data=run.statistics_batches(FINAL_STATISTICS), budget=run.recipe.budget)
-    run.results["hard_accuracy"] = evaluate(run.model, run.dataset)
+    _measure(run, "hard")
     seconds = round(run.clock.seconds(), 1)
     packed = copy.deepcopy(run.model)
     csq.pack_(packed)
@@ -478,11 +477,11 @@ def _finish(run: _Run) -> dict[str, Any]:
 
 
 def _accuracies(results: dict[str, float]) -> str:
-    soft, hard = results["soft_accuracy"], results["hard_accuracy"]
-    lines = []
-    if "float_accuracy" in results:
-        lines.append(f"float accuracy          {results['float_accuracy']:7.2%}")
-    lines.append(f"soft accuracy           {soft:7.2%}")
-    lines.append(f"exact-integer accuracy  {hard:7.2%}")
-    lines.append(f"soft/hard gap           {100 * abs(soft - hard):6.2f}  points")
+    """Accuracy and loss of each model there was, and how far the exact integers are from the soft bits."""
+    names = {"float": "float", "soft": "soft", "hard": "exact-integer"}
+    shown = [kind for kind in names if f"{kind}_accuracy" in results]
+    lines = [f"{names[kind] + ' accuracy':<24}{results[f'{kind}_accuracy']:7.2%}" for kind in shown]
+    lines += [f"{names[kind] + ' loss':<24}{results[f'{kind}_loss']:7.4f}" for kind in shown]
+    points, nats = (abs(results[f"soft_{figure}"] - results[f"hard_{figure}"]) for figure in ("accuracy", "loss"))
+    lines.append(f"soft/hard gap           {100 * points:6.2f}  points, {nats:.4f} of loss")
     return "\n".join(lines)

@@ -60,14 +60,17 @@ def _bits_over_time(figure, records: list[dict[str, Any]]) -> None:
 def _training(figure, records: list[dict[str, Any]], result: dict[str, Any]) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     epochs = [record["epoch"] for record in records]
-    above.plot(epochs, [record["loss"] for record in records], linewidth=1)
-    above.set_ylabel("training loss")
+    tested = [record for record in records if "test_accuracy" in record]
+    tested_epochs = [record["epoch"] for record in tested]
+    above.plot(epochs, [record["loss"] for record in records], linewidth=1, label="training")
+    above.plot(tested_epochs, [record["test_loss"] for record in tested], "o-", markersize=3, label="test")
+    above.set_ylabel("loss")
     above.set_yscale("log")
+    above.legend(fontsize=8, loc="upper right")
     _mark_phases(above, records)
     below.plot(epochs, [100 * r["train_accuracy"] for r in records], linewidth=1, label="training")
-    tested = [record for record in records if "test_accuracy" in record]
     accuracies = [100 * record["test_accuracy"] for record in tested]
-    below.plot([record["epoch"] for record in tested], accuracies, "o-", markersize=3, label="test")
+    below.plot(tested_epochs, accuracies, "o-", markersize=3, label="test")
     hard = 100 * result["hard_accuracy"]
     below.plot([epochs[-1]], [hard], "*", markersize=10, color="black", label=f"exact integers, {hard:.1f} %")
     # The first epochs would squeeze everything that matters into a line.
