@@ -28,18 +28,18 @@ def data(
     """
     from csq_kernels.train import data as sets
 
-    if name is not None and name not in sets.DESCRIPTIONS:
-        raise fail(f"expected NAME of {', '.join(sets.DESCRIPTIONS)}, got {name!r}", USAGE)
-    names = list(sets.DESCRIPTIONS) if name is None else [name]
+    if name is not None and name not in sets.SOURCES:
+        raise fail(f"expected NAME of {', '.join(sets.SOURCES)}, got {name!r}", USAGE)
+    names = list(sets.SOURCES) if name is None else [name]
     found = {each: sets.find(each, root) for each in names}
     if as_json:
         print(json.dumps({each: None if path is None else str(path) for each, path in found.items()}, indent=2))
     else:
         for each, path in found.items():
-            print(f"{each}: {sets.DESCRIPTIONS[each]}")
+            print(f"{each}: {sets.SOURCES[each].description}")
             print(f"  {'found: ' + str(path) if path is not None else 'not found'}")
             if name is not None or path is None:
                 print(f"  looked in: {', '.join(sets.places(each, root))}")
-                print("\n".join(["  to get it:"] + [f"  - {way}" for way in sets.ways(each)]))
+                print("\n".join(["  to get it:"] + [f"  - {way}" for way in sets.SOURCES[each].ways]))
     if name is not None and found[name] is None:
         raise typer.Exit(FAILED)

@@ -89,7 +89,7 @@ def verify(
     against: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the finished run, or a checkpoint in it.")],
     data_root: _Root = None,
 ):
-    """Compare a packed file with the run it comes from: integer codes, outputs and predictions on the test images.
+    """Compare a packed file with the run it comes from: integer codes, outputs and predictions on the test samples.
 
     Examples:
 
@@ -114,7 +114,7 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="exact, high, int8, or all of them.")] = "all",
     data_root: _Root = None,
 ):
-    """Measure a packed network: accuracy on the test images of its data set, and time against the float network.
+    """Measure a packed network: accuracy and loss on the test part of its data set, time against the float network.
 
     Examples:
 
@@ -139,8 +139,8 @@ def evaluate(
         raise fail(str(error), FAILED) from None
     try:
         model = runs.network(extra)
-        dataset = data.load(extra["data"], data_root)
-    except (runs.RunError, ValueError, data.DataNotFoundError) as error:
+        dataset = runs.described_data(extra, data_root)
+    except (runs.RunError, data.DataError, data.DataNotFoundError) as error:
         raise fail(str(error), USAGE) from None
     _load(model, file)
     print(runs.measure(model, dataset, PRECISIONS if precision == "all" else (precision,)))

@@ -13,10 +13,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Phase, loss, accuracy, bits and distance from the budget of a line of metrics.jsonl."""
+    """Phase, losses, accuracies, bits and distance from the budget of a line of metrics.jsonl."""
     parts = [f"{record['phase']:<8}", f"loss {record['loss']:.4f}", f"train {record['train_accuracy']:.2%}"]
     if "test_accuracy" in record:
-        parts.append(f"test {record['test_accuracy']:.2%}")
+        parts.append(f"test {record['test_accuracy']:.2%} loss {record['test_loss']:.4f}")
     if "hard_accuracy" in record:
         parts.append(f"hard {record['hard_accuracy']:.2%}")
     if "stored_bits" in record:

@@ -42,7 +42,7 @@ _TIMED_SECONDS, _PLANNED_SHARE = 3.0, 0.9
 # measured after each epoch, whose accuracy 20 batches would move by 0.2 points at most.
 FINAL_STATISTICS, SEARCH_STATISTICS, HARD_STATISTICS = 100, 20, 8
 # What a resumed run may change without becoming another run.
-_CHANGEABLE = ("checkpoint.", "data.root")
+_CHANGEABLE = ("checkpoint.", "data.root", "data.workers")
 # Numbers that keep the random streams apart.
 _ORDER, _AUGMENT, _STATISTICS = 0, 1, 2
 
@@ -109,18 +109,6 @@ def _optimizer(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.opt
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: data.Dataset) -> float:
-    """Share of the test images that the model classifies correctly."""
-    training = model.training
-    model.eval()
-    correct = 0
-    for images, labels in dataset.test_batches(runs.EVALUATION_BATCH):
-        correct += int((model(images).argmax(1) == labels).sum())
-    model.train(training)
-    return correct / len(dataset.test_labels)
 
 
 class _Clock:
@@ -190,7 +178,7 @@ class _Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.dataset.train_labels) // self.recipe.batch_size
+        return self.dataset.train_size // self.recipe.batch_size
 
     def planned_steps(self) -> Steps:
         """What the recipe asks for."""
@@ -204,11 +192,12 @@ class _Run:
         return Steps(*(count * self.steps_per_epoch * is_used for count, is_used in zip(stages, used, strict=True)))
 
     def statistics_batches(self, count: int) -> Iterator[Tensor]:
-        """Training images without augmentation, in batches like those of training."""
+        """Training inputs without augmentation, in batches like those of training."""
         # Shuffled: files are often sorted by label, and the statistics are an average over batches.
-        order = torch.randperm(len(self.dataset.train_labels), generator=_generator(self.recipe.seed, _STATISTICS))
-        for index in order[: self.steps_per_epoch * self.recipe.batch_size].split(self.recipe.batch_size)[:count]:
-            yield self.dataset.train_batch(index)[0]
+        order = torch.randperm(self.dataset.train_size, generator=_generator(self.recipe.seed, _STATISTICS))
+        size = self.recipe.batch_size
+        batches = order[: self.steps_per_epoch * size].split(size)[:count]
+        return (inputs for inputs, _ in self.dataset.train_batches((index, None) for index in batches))
 
     def estimate_statistics(self, count: int) -> None:
         """Estimate the batch-norm statistics again, from ``count`` batches."""
@@ -267,6 +256,7 @@ class _Run:
             "results": self.results,
             "seconds": self.clock.seconds(),
             "recipe": self.recipe.dump(),
+            "data_options": self.dataset.options,
         }
         checkpoint.save(self.out, state)
         self.clock.saved()
@@ -292,9 +282,9 @@ def _timed_steps(run: _Run, optimizer, model: nn.Module, penalty: Callable[[], T
     while counted < 2 or time.monotonic() - start < _TIMED_SECONDS:
         if counted == 0:
             start = time.monotonic()
-        images, labels = run.dataset.train_batch(torch.arange(run.recipe.batch_size))
+        inputs, labels = next(run.dataset.train_batches([(torch.arange(run.recipe.batch_size), None)]))
         with run.autocast():
-            loss = F.cross_entropy(model(images).float(), labels) + penalty()
+            loss = F.cross_entropy(model(inputs).float(), labels) + penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -308,7 +298,7 @@ def _fit_into_time(run: _Run, shorten: bool) -> None:
     with torch.random.fork_rng():
         copied = copy.deepcopy(run.model)
         start = time.monotonic()
-        evaluate(copied, run.dataset)
+        runs.evaluate(copied, run.dataset)
         # Statistics, evaluations and files at the end take about as long as four evaluations.
         evaluation = time.monotonic() - start
         run.seconds_to_finish = 4 * evaluation
@@ -361,6 +351,17 @@ def _restore(state: dict[str, Any], run: _Run, optimizer, search) -> Tensor:
     return state["window"].to(run.device)
 
 
+def _requests(run: _Run, phase_number: int, first: int, total: int) -> Iterator[data.Request]:
+    """What the steps of a phase train on, as functions of seed and step: data sets on disk read ahead of them."""
+    size, seed = run.recipe.batch_size, run.recipe.seed
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(first, total):
+        epoch, position = divmod(step, run.steps_per_epoch)
+        if position == 0 or step == first:
+            order = torch.randperm(run.dataset.train_size, generator=_generator(seed, _ORDER, phase_number, epoch))
+        yield order[position * size : (position + 1) * size], _generator(seed, _AUGMENT, phase_number, step)
+
+
 def _train_phase(
     run: _Run, phase: str, optimizer, search, state: dict[str, Any] | None, teacher: nn.Module | None = None
 ) -> None:
@@ -368,7 +369,7 @@ def _train_phase(
     recipe, model, dataset = run.recipe, run.model, run.dataset
     phase_number = 0 if phase == "float" else 1
     total = run.steps.float_ if phase == "float" else run.steps.quantized
-    # Loss, correct predictions, samples since the last line of metrics. On the device: nothing waits for it in between.
+    # Loss, right predictions and all since the last line of metrics. On the device: nothing waits for it in between.
     window = torch.zeros(3, dtype=torch.float64, device=run.device)
     first = 0
     if state is not None:
@@ -376,18 +377,12 @@ def _train_phase(
         window = _restore(state, run, optimizer, search)
     else:
         run.save(phase, 0, optimizer, search, window)
-    order = torch.empty(0, dtype=torch.int64)
+    batches = dataset.train_batches(_requests(run, phase_number, first, total))
     model.train()
     with open(run.out / METRICS, "a") as metrics:
         for step in range(first, total):
             stage = phase if search is None else search.stage
-            epoch, position = divmod(step, run.steps_per_epoch)
-            if position == 0 or step == first:
-                generator = _generator(recipe.seed, _ORDER, phase_number, epoch)
-                order = torch.randperm(len(dataset.train_labels), generator=generator)
-            index = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-            generator = _generator(recipe.seed, _AUGMENT, phase_number, step)
-            images, labels = dataset.train_batch(index, generator, recipe.data.flip, recipe.data.crop)
+            inputs, labels = next(batches)
 
             begin, end = _stage_steps(stage, search, total)
             factor = lr_factor(recipe.schedule.name, step - begin, end - begin, recipe.schedule.warmup)
@@ -395,10 +390,10 @@ def _train_phase(
                 group["lr"] = group["initial_lr"] * factor
 
             with run.autocast():
-                logits = model(images)
+                logits = model(inputs)
             logits = logits.float()
             task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            loss = task if teacher is None else run.distil(task, logits, images, teacher)
+            loss = task if teacher is None else run.distil(task, logits, inputs, teacher)
             if search is not None:
                 loss = loss + search.penalty()
             optimizer.zero_grad()
@@ -411,11 +406,11 @@ def _train_phase(
                     run.save_searched()
                 search.step()
 
-            window[0] += task.detach() * len(labels)
+            window[0] += task.detach() * labels.numel()
             window[1] += (logits.detach().argmax(1) == labels).sum()
-            window[2] += len(labels)
+            window[2] += labels.numel()
             done = step + 1
-            if done % recipe.log_every == 0 or position + 1 == run.steps_per_epoch:
+            if done % recipe.log_every == 0 or done % run.steps_per_epoch == 0:
                 record = _record(run, phase, stage, done, window, factor, search)
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
@@ -464,7 +459,7 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
         if stage == "search":
             # A gate that has just closed leaves running statistics behind that fit no longer.
             run.estimate_statistics(SEARCH_STATISTICS)
-        record["test_accuracy"] = evaluate(run.model, run.dataset)
+        record["test_accuracy"], record["test_loss"] = runs.evaluate(run.model, run.dataset)
     if search is not None:
         progress = search.progress()
         record |= {key: progress[key] for key in ("temperature", "paper_bits", "stored_bits", "gap", "budget")}
@@ -473,7 +468,7 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
             record["warnings"] = search.health()
     if search is not None and "test_accuracy" in record:
         batches = run.statistics_batches(HARD_STATISTICS)
-        record |= measure.measure(run.model, batches, lambda model: evaluate(model, run.dataset))
+        record |= measure.measure(run.model, batches, lambda model: runs.evaluate(model, run.dataset).accuracy)
     record["seconds"] = round(run.clock.seconds(), 2)
     return record
 
@@ -584,13 +579,12 @@ def train(
         if state["phase"] == "done":
             return json.loads((out / "report.json").read_text())
 
-    dataset = data.load(recipe.data.name, recipe.data.root).to(torch_device)
-    if recipe.batch_size > len(dataset.train_labels):
-        raise TrainingError(f"expected batch_size of at most {len(dataset.train_labels)}, got {recipe.batch_size}")
+    dataset = runs.load_data(recipe, state).to(torch_device)
+    if recipe.batch_size > dataset.train_size:
+        raise TrainingError(f"expected batch_size of at most {dataset.train_size}, got {recipe.batch_size}")
     torch.manual_seed(recipe.seed)
-    shape = (dataset.channels, dataset.image_size, dataset.classes)
     try:
-        model = models.build(recipe.model.name, *shape, **recipe.model.options)
+        model = models.build(recipe.model.name, *dataset.sizes, **recipe.model.options)
     except ValueError as error:
         raise TrainingError(str(error)) from None
     # Convolutions of images are a quarter to a third faster with the channels last.
@@ -618,7 +612,7 @@ def train(
         if run.steps.float_:
             _train_phase(run, "float", _optimizer(recipe, model, quantized=False), None, state)
         if run.steps.float_ or recipe.init is not None:
-            run.results["float_accuracy"] = evaluate(model, dataset)
+            _measure(run, "float")
             run.save_float()
             display.note(f"float accuracy {run.results['float_accuracy']:.2%}")
         state = None
@@ -632,10 +626,7 @@ def _teacher(run: _Run) -> nn.Module | None:
     """The float model of this run, if it is to teach."""
     if run.recipe.distillation is None:
         return None
-    dataset = run.dataset
-    teacher = models.build(
-        run.recipe.model.name, dataset.channels, dataset.image_size, dataset.classes, **run.recipe.model.options
-    )
+    teacher = models.build(run.recipe.model.name, *run.dataset.sizes, **run.recipe.model.options)
     folder = run.out if run.recipe.search_from is None else Path(run.recipe.search_from).expanduser()
     try:
         teacher.load_state_dict(safetensors.torch.load_file(folder / FLOAT))
@@ -658,6 +649,11 @@ def _load_searched(run: _Run, folder: Path) -> None:
     run.results |= {key: value for key, value in state["results"].items() if key.startswith("float_")}
 
 
+def _measure(run: _Run, kind: str) -> None:
+    """Put accuracy and loss on the test samples among the results."""
+    run.results[f"{kind}_accuracy"], run.results[f"{kind}_loss"] = runs.evaluate(run.model, run.dataset)
+
+
 def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     recipe, model = run.recipe, run.model
     plan = csq.prepare_(model, recipe.quantization.config())
@@ -677,10 +673,10 @@ def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     _train_phase(run, "csq", optimizer, search, state, _teacher(run))
     # Both are measured with statistics of their own, estimated alike: what differs are the bits alone.
     run.estimate_statistics(FINAL_STATISTICS)
-    run.results["soft_accuracy"] = evaluate(model, run.dataset)
+    _measure(run, "soft")
     statistics = run.statistics_batches(FINAL_STATISTICS)
     report = csq.finalize_(model, data=statistics, budget=recipe.budget, meet_budget=recipe.preset is None)
-    run.results["hard_accuracy"] = evaluate(model, run.dataset)
+    _measure(run, "hard")
     packed = copy.deepcopy(model)
     csq.pack_(packed)
     size = run.save_packed(packed)
@@ -691,7 +687,8 @@ def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
 def _train_baseline(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     recipe, model = run.recipe, run.model
     if recipe.method == "float":
-        run.results["hard_accuracy"] = run.results["float_accuracy"]
+        for figure in ("accuracy", "loss"):
+            run.results[f"hard_{figure}"] = run.results[f"float_{figure}"]
         return _finish(run, None, "float", (run.out / FLOAT).stat().st_size)
     if recipe.method == "lsq":
         baselines.learn_steps_(model, recipe.bits, recipe.quantization.config())
@@ -699,12 +696,12 @@ def _train_baseline(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
             model.load_state_dict(state["model"])
         _train_phase(run, "lsq", _optimizer(recipe, model, quantized=True), None, state, _teacher(run))
         run.estimate_statistics(FINAL_STATISTICS)
-        run.results["soft_accuracy"] = evaluate(model, run.dataset)
+        _measure(run, "soft")
         baselines.pack_learnt_(model, recipe.bits)
     else:
         baselines.round_(model, recipe.bits, recipe.quantization.config())
     run.estimate_statistics(FINAL_STATISTICS)
-    run.results["hard_accuracy"] = evaluate(model, run.dataset)
+    _measure(run, "hard")
     size = run.save_packed(model)
     scheme = baselines.scheme(model, size)
     return _finish(run, scheme.to_dict(), f"{scheme}\n{PACKED} of {size:,} bytes", size)
@@ -723,13 +720,12 @@ def _finish(run: _Run, scheme: dict[str, Any] | None, text: str, size: int) -> d
 
 
 def _accuracies(results: dict[str, float]) -> str:
-    lines = []
-    if "float_accuracy" in results:
-        lines.append(f"float accuracy          {results['float_accuracy']:7.2%}")
+    """Accuracy and loss of each model there was, and how far the exact integers are from the soft bits."""
+    names = {"float": "float", "soft": "soft", "hard": "exact-integer"}
+    shown = [kind for kind in names if f"{kind}_accuracy" in results]
+    lines = [f"{names[kind] + ' accuracy':<24}{results[f'{kind}_accuracy']:7.2%}" for kind in shown]
+    lines += [f"{names[kind] + ' loss':<24}{results[f'{kind}_loss']:7.4f}" for kind in shown]
     if "soft_accuracy" in results:
-        lines.append(f"soft accuracy           {results['soft_accuracy']:7.2%}")
-    lines.append(f"exact-integer accuracy  {results['hard_accuracy']:7.2%}")
-    if "soft_accuracy" in results:
-        gap = abs(results["soft_accuracy"] - results["hard_accuracy"])
-        lines.append(f"soft/hard gap           {100 * gap:6.2f}  points")
+        points, nats = (abs(results[f"soft_{figure}"] - results[f"hard_{figure}"]) for figure in ("accuracy", "loss"))
+        lines.append(f"soft/hard gap           {100 * points:6.2f}  points, {nats:.4f} of loss")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Small image classifiers to train, for square images ``(N, C, size, size)``: perceptron, CNNs, transformer."""
+"""Networks to train: classifiers of square images ``(N, C, size, size)``, and a language model of characters."""
 
 import inspect
 from collections import OrderedDict
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from csq_kernels.train.resnet import BasicBlock as ImageNetBasicBlock
+from csq_kernels.train.resnet import Bottleneck, resnet
 
 
 def mlp(channels: int, image_size: int, classes: int, *, width: int = 64, depth: int = 2) -> nn.Module:
@@ -85,11 +88,11 @@ def resnet20(channels: int, image_size: int, classes: int, *, width: int = 16, b
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; no token sees a later one if ``causal``."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -97,16 +100,16 @@ class Attention(nn.Module):
         count, length, width = tokens.shape
         qkv = self.qkv(tokens).view(count, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(count, length, width))
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm attention and a two-layer perceptron, each with a shortcut."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, causal)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -147,13 +150,60 @@ def vit(
     return VisionTransformer(channels, image_size, classes, width, depth, heads, patch)
 
 
+class CharGPT(nn.Module):
+    """Characters, learned positions, causal transformer blocks, and for each position the logits of what comes next."""
+
+    def __init__(self, context: int, characters: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, context, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, causal=True) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                # As in GPT-2: what adds to the stream of tokens starts smaller, by the number of layers that do.
+                adds = name.endswith((".out", ".down"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * depth) ** 0.5 if adds else 0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From ``(N, length)``, at most ``context``, to ``(N, characters, length)``: classes where a loss has them."""
+        stream = self.embedding(tokens) + self.position[:, : tokens.shape[1]]
+        return self.head(self.norm(self.blocks(stream))).transpose(1, 2)
+
+
+def char_gpt(
+    channels: int, context: int, characters: int, *, width: int = 128, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    """A small GPT, 0.8 million weights; its context is the length of the blocks, and ``heads`` divide the width."""
+    if width % heads:
+        raise ValueError(f"expected heads to divide the width {width}, got {heads}")
+    return CharGPT(context, characters, width, depth, heads)
+
+
+def resnet18(channels: int, image_size: int, classes: int, *, width: int = 64) -> nn.Module:
+    """The ImageNet network of 18 layers, 11.7 million weights; ``width`` is that of the stem."""
+    return resnet(ImageNetBasicBlock, (2, 2, 2, 2), channels, classes, width)
+
+
+def resnet50(channels: int, image_size: int, classes: int, *, width: int = 64) -> nn.Module:
+    """The ImageNet network of 50 layers, 25.6 million weights; ``width`` is that of the stem."""
+    return resnet(Bottleneck, (3, 4, 6, 3), channels, classes, width)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "vgg": vgg,
     "resnet20": resnet20,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
     "vit": vit,
+    "char_gpt": char_gpt,
 }
+# Those that read text; all others read images.
+_TEXT_MODELS = {"char_gpt"}
 
 
 def options(name: str) -> dict[str, Any]:
@@ -174,8 +224,15 @@ def check_options(name: str, given: dict[str, Any]) -> None:
             raise ValueError(f"expected {key} of model {name} as a positive integer, got {value!r}")
 
 
+def check_input(name: str, data_name: str) -> None:
+    """Raise ``ValueError`` unless the model ``name`` reads what the data set ``data_name`` gives: images, or text."""
+    if (name in _TEXT_MODELS) != (data_name == "text"):
+        fitting = [model for model in MODELS if (model in _TEXT_MODELS) == (data_name == "text")]
+        raise ValueError(f"expected model.name of {', '.join(fitting)} for data set {data_name}, got {name!r}")
+
+
 def build(name: str, channels: int, image_size: int, classes: int, **given: int) -> nn.Module:
-    """Build a model for images of ``channels`` and ``image_size``.
+    """Build a model for images of ``channels`` and ``image_size``, or for blocks of text of 1 channel and that length.
 
     Example:
         >>> build("cnn", 1, 28, 10, width=8)(torch.zeros(2, 1, 28, 28)).shape

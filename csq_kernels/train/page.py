@@ -28,7 +28,10 @@ _MODELS = {
     "cnn": "A small convolutional network",
     "vgg": "A convolutional network in the manner of VGG",
     "resnet20": "A residual convolutional network",
+    "resnet18": "A residual convolutional network",
+    "resnet50": "A residual convolutional network",
     "vit": "A small vision transformer",
+    "char_gpt": "A small language model of characters",
 }
 
 
@@ -62,7 +65,7 @@ def _lead(results: Results) -> str:
     if results.report.scheme is not None:
         layers = results.report.scheme.layers
         size = f" with {sum(layer.weights for layer in layers):,} weights in {len(layers)} layers"
-    described = data.DESCRIPTIONS.get(name)
+    described = data.SOURCES[name].description if name in data.SOURCES else ""
     return escape(f"{called}{size}, trained on {name}{f': {described}' if described else ''}.")
 
 
@@ -87,7 +90,7 @@ def _budget(scheme: Scheme) -> tuple[str, str]:
     if not scheme.budget or scheme.cost is None:
         return f"{scheme.stored_bits:.2f}", "stored bits a weight, on average; no budget was asked"
     value, _, unit = scheme.budget.partition(" ")
-    each = "" if unit == "MB" else " a weight"
+    each = " a weight" if unit.endswith("bits") else ""
     return ("met" if scheme.budget_met else "NOT met"), f"{value} {unit}{each} asked, {scheme.cost:.4g} used"
 
 

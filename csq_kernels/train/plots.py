@@ -299,12 +299,15 @@ def training(figure: Figure, results: Results, _: Sequence[Results]) -> None:
     figure.set_figheight(4.6)
     above, below = figure.subplots(2, 1, sharex=True)
     epochs = [record.epoch for record in records]
-    above.plot(epochs, [record.loss for record in records], color=ACCENT, linewidth=1.2)
+    above.plot(epochs, [record.loss for record in records], color=LINES, linewidth=1.2)
+    losses = [(record.epoch, record.test_loss) for record in tested if record.test_loss is not None]
+    if losses:
+        above.plot(*zip(*losses, strict=True), color=ACCENT, linewidth=2)
     above.set_yscale("log")
     above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     above.yaxis.set_minor_formatter(NullFormatter())
-    above.set_ylabel("training loss (nats, log)")
+    above.set_ylabel("loss (nats, log)")
     below.plot(
         epochs, [100 * record.train_accuracy for record in records], color=LINES, linewidth=1.2, label="training"
     )
@@ -500,7 +503,7 @@ PICTURES = (
     Picture(
         "training",
         "Loss and accuracy",
-        "The training loss above, the accuracy on training and test data below; a fall where a phase begins is the "
+        "The loss above and the accuracy below, on training and test data; a fall where a phase begins is the "
         "price of going on with fewer bits.",
         training,
         _needs_epochs,

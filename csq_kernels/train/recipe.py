@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import csq_kernels as csq
-from csq_kernels.train import models
+from csq_kernels.train import data, models
 
 _SEARCH_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(csq.Search).parameters.items()}
 
@@ -24,10 +24,25 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    name: Literal["digits", "mnist5k", "fashion-mnist"]
+    name: str
     root: str | None = Field(default=None, description="file or folder that holds the data; default: the usual places")
     flip: bool = Field(default=False, description="mirror training images at random")
     crop: int = Field(default=0, ge=0, description="shift training images at random by up to so many pixels")
+    size: int | None = Field(
+        default=None,
+        ge=1,
+        description="of imagenet, pixels a side, default 224; of text, characters a block, default 128",
+    )
+    workers: int | None = Field(default=None, ge=1, description="threads that decode images; default: one a core")
+
+    @model_validator(mode="after")
+    def _known(self):
+        data.check_options(self.name, self.options())
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """What ``data.load`` takes besides name and root."""
+        return self.model_dump(exclude={"name", "root"}, exclude_defaults=True)
 
 
 class Model(_Section):
@@ -179,6 +194,11 @@ class Recipe(_Section):
     def _budget(cls, budget: str) -> str:
         csq.Budget.parse(budget)
         return budget
+
+    @model_validator(mode="after")
+    def _model_reads_data(self):
+        models.check_input(self.model.name, self.data.name)
+        return self
 
     def dump(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True)

@@ -80,6 +80,7 @@ class Record(_Part):
     loss: float
     train_accuracy: float
     test_accuracy: float | None = None
+    test_loss: float | None = None
     stored_bits: float | None = None
     layer_bits: dict[str, Bits] = {}
     warnings: list[str] | None = None
