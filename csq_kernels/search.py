@@ -37,7 +37,8 @@ class Search:
         optimizer: when given, pruned planes are freed at the end of the search and the optimizer forgets their state.
             Leave a torch optimizer out under DDP, whose buckets cannot change; then pruned planes stay, unread. One of
             ``csq_kernels.optim`` advances the search within its own step, where the next weight is made.
-        search_share: share of the steps spent searching.
+        search_share: share of the steps spent searching; with 0, call ``fix_scheme`` before the first step, on a model
+            that was searched before.
         strength: lambda of (8).
         search_temperature: last temperature of the search stage.
         final_temperature: last temperature of the finetune stage, ``beta_max`` of (9).
@@ -77,8 +78,8 @@ class Search:
     ):
         if total_steps < 2:
             raise ValueError(f"expected total_steps of at least 2, got {total_steps}")
-        if not 0 < search_share < 1:
-            raise ValueError(f"expected search_share between 0 and 1, got {search_share}")
+        if not 0 <= search_share < 1:
+            raise ValueError(f"expected search_share of at least 0 and below 1, got {search_share}")
         for name, value in (("search_temperature", search_temperature), ("final_temperature", final_temperature)):
             if not 1 <= value < math.inf:
                 raise ValueError(f"expected {name} of at least 1 and finite, got {value}")
@@ -91,6 +92,7 @@ class Search:
         self.model = model
         self.budget = Budget.parse(budget)
         self.total_steps = total_steps
+        # With a share of 0 there is one step of search until ``fix_scheme`` is called.
         self.search_steps = min(max(round(total_steps * search_share), 1), total_steps - 1)
         self.optimizer = optimizer
         self.strength = strength
@@ -198,6 +200,24 @@ class Search:
             before = 1.0
         self._set_temperature(before, self.temperature)
 
+    @torch.no_grad()
+    def fix_scheme(self) -> None:
+        """End the search now: repair the scheme to the budget and go on to the finetune stage with the steps left.
+
+        For a run that is out of time, and for a model whose gates an earlier search has moved, with ``search_share=0``.
+
+        Raises:
+            RuntimeError: the scheme is fixed already.
+        """
+        if self.stage != "search":
+            raise RuntimeError(f"expected a search that still runs, got one in the {self.stage} stage")
+        self.search_steps = self.steps_done
+        self._fix_scheme()
+        self._set_temperature(1.0, self.temperature)
+        for layer in self.layers.values():
+            if layer.is_stale():
+                layer.refresh_weight_()
+
     def _set_temperature(self, before: float, after: float) -> None:
         """Raise the temperature; the scale makes up for what a decided digit that training left alone gains by it."""
         ratio = digit_amplitude(before) / digit_amplitude(after)
@@ -262,14 +282,15 @@ class Search:
 
     def state_dict(self) -> dict[str, float | int | Tensor]:
         """What a resumed run needs besides the model's and the optimizer's state."""
-        return {"steps_done": self.steps_done, "integral": self.integral, "first_cost": self.first_cost}
+        names = ("steps_done", "search_steps", "integral", "first_cost")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, float | int | Tensor]) -> None:
         """Continue from ``state_dict()``; load the model's state first, it carries the temperature and the scheme."""
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"expected search state with {sorted(expected)}, got {sorted(state)}")
-        self.steps_done = int(state["steps_done"])
+        self.steps_done, self.search_steps = int(state["steps_done"]), int(state["search_steps"])
         self.integral = torch.as_tensor(state["integral"], dtype=torch.float64).to(self._device(), copy=True)
         self.first_cost = float(state["first_cost"])
 

@@ -123,7 +123,8 @@ def test_penalty_weighs_layers_by_their_weights():
 
 def test_temperature_follows_equation_9():
     model = build()
-    search, _ = start(model, total_steps=20, search_share=0.5, search_temperature=16.0, final_temperature=1000.0)
+    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.0}
+    search, _ = start(model, total_steps=20, search_share=0.5, **options)
     seen = []
     for _ in range(20):
         seen.append((search.stage, search.temperature))
@@ -134,6 +135,38 @@ def test_temperature_follows_equation_9():
     assert search.temperature == pytest.approx(1000.0) and model[0].temperature.item() == pytest.approx(1000.0)
     search.step()
     assert search.temperature == pytest.approx(1000.0)
+
+
+def test_bits_learn_before_they_decide():
+    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.2}
+    search, _ = start(build(), total_steps=20, search_share=0.5, **options)
+    values = []
+    for _ in range(20):
+        values.append(search.temperature)
+        search.step()
+    assert values[10] == 1.0 and values[14] == pytest.approx(4.0) and values[18] == pytest.approx(16.0)
+    assert values[19] == pytest.approx((16 * 1000) ** 0.5) and search.temperature == pytest.approx(1000.0)
+
+
+@pytest.mark.parametrize("searched", [0, 7])
+def test_the_scheme_can_be_fixed_early_and_resumed(searched):
+    model = build()
+    search, optimizer = start(model, budget="2.5 bits", total_steps=40, search_share=0.5 if searched else 0.0)
+    for _ in range(searched):
+        search.step()
+    search.fix_scheme()
+    assert search.stage == "finetune" and search.temperature == 1.0
+    assert csq.report(model, "2.5 bits").budget_met
+    with pytest.raises(RuntimeError, match="expected a search that still runs"):
+        search.fix_scheme()
+    search.step()
+    state = copy.deepcopy(search.state_dict())
+    other, _ = start(build(), budget="2.5 bits", total_steps=40)
+    other.load_state_dict(state)
+    assert other.stage == "finetune" and other.temperature == search.temperature
+    for _ in range(40 - searched - 1):
+        search.step()
+    assert search.temperature == pytest.approx(search.final_temperature)
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "linear", "cosine"])
@@ -233,7 +266,7 @@ def test_budget_out_of_reach_says_what_can_be_reached(budget):
     ("options", "message"),
     [
         ({"total_steps": 1}, "expected total_steps of at least 2, got 1"),
-        ({"search_share": 1.0}, "expected search_share between 0 and 1, got 1.0"),
+        ({"search_share": 1.0}, "expected search_share of at least 0 and below 1, got 1.0"),
         ({"final_temperature": math.nan}, "expected final_temperature of at least 1 and finite, got nan"),
         ({"search_temperature": 0.5}, "expected search_temperature of at least 1 and finite, got 0.5"),
         ({"strength": -1.0}, "expected strength of at least 0 and finite, got -1.0"),

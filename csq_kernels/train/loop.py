@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import csq_kernels as csq
 from csq_kernels.files import write_atomically
+from csq_kernels.nn import CSQLayer
 from csq_kernels.train import baselines, checkpoint, data, measure, models, runs
 from csq_kernels.train.paper import PaperSearch
 
@@ -276,8 +277,8 @@ def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None
     )
 
 
-def _timed_steps(run: _Run, optimizer, model: nn.Module, penalty: Callable[[], Tensor | float]) -> float:
-    """Seconds a step takes, the first one left out."""
+def _seconds_per_step(run: _Run, optimizer, model: nn.Module, penalty: Callable[[], Tensor | float] = float) -> float:
+    """Seconds a step takes with its share of what is measured once an epoch; the first step is left out."""
     counted, start = -1, time.monotonic()
     while counted < 2 or time.monotonic() - start < _TIMED_SECONDS:
         if counted == 0:
@@ -289,39 +290,43 @@ def _timed_steps(run: _Run, optimizer, model: nn.Module, penalty: Callable[[], T
         loss.backward()
         optimizer.step()
         counted += 1
-    return (time.monotonic() - start) / counted
+    step, start = (time.monotonic() - start) / counted, time.monotonic()
+    runs.evaluate(model, run.dataset)
+    if any(isinstance(module, CSQLayer) for module in model.modules()):
+        _measured(run, model)
+    return step + (time.monotonic() - start) / run.steps_per_epoch
 
 
 def _fit_into_time(run: _Run, shorten: bool) -> None:
-    """Measure steps and evaluations on a copy, and shorten the stages until they fit into the time that is left."""
-    recipe, steps = run.recipe, run.steps
+    """Time steps on copies of the model, and shorten the stages until they fit into the time that is left."""
+    recipe, steps, config = run.recipe, run.steps, run.recipe.quantization.config()
     with torch.random.fork_rng():
-        copied = copy.deepcopy(run.model)
         start = time.monotonic()
-        runs.evaluate(copied, run.dataset)
+        runs.evaluate(run.model, run.dataset)
         # Statistics, evaluations and files at the end take about as long as four evaluations.
-        evaluation = time.monotonic() - start
-        run.seconds_to_finish = 4 * evaluation
+        run.seconds_to_finish = 4 * (time.monotonic() - start)
         if not shorten:
             return
-        seconds = _timed_steps(run, _optimizer(recipe, copied, quantized=False), copied, float) if steps.float_ else 0.0
-        needed = seconds * steps.float_
-        if steps.quantized and recipe.method == "csq":
-            csq.prepare_(copied, recipe.quantization.config())
+        needed = 0.0
+        if steps.float_:
+            copied = copy.deepcopy(run.model)
+            optimizer = _optimizer(recipe, copied, quantized=False)
+            needed += steps.float_ * _seconds_per_step(run, optimizer, copied)
+        if steps.quantized:
+            copied = copy.deepcopy(run.model)
+            penalty: Callable[[], Tensor | float] = float
+            if recipe.method == "csq":
+                csq.prepare_(copied, config)
+                penalty = _search(run, copied, None).penalty
+            else:
+                baselines.learn_steps_(copied, recipe.bits, config)
             optimizer = _optimizer(recipe, copied, quantized=True)
-            needed += _timed_steps(run, optimizer, copied, _search(run, copied, None).penalty) * steps.quantized
-        elif steps.quantized:
-            baselines.learn_steps_(copied, recipe.bits, recipe.quantization.config())
-            needed += _timed_steps(run, _optimizer(recipe, copied, quantized=True), copied, float) * steps.quantized
-    # Once an epoch the soft and the hard model are measured.
-    needed += 2 * evaluation * steps.total / run.steps_per_epoch
-    available = _PLANNED_SHARE * (run.clock.seconds_left() - run.seconds_to_finish)
-    if needed > available:
-        if available <= 0:
-            raise TrainingError(
-                f"expected max_minutes that leave time for a step, got {-run.clock.seconds_left() / 60}"
-            )
-        run.steps = steps.shortened(available / needed)
+            needed += steps.quantized * _seconds_per_step(run, optimizer, copied, penalty)
+    left = run.clock.seconds_left() - run.seconds_to_finish
+    if left <= 0:
+        raise TrainingError(f"expected max_minutes that leave time to train, got {-left / 60:.1f} minutes too few")
+    if needed > _PLANNED_SHARE * left:
+        run.steps = steps.shortened(_PLANNED_SHARE * left / needed)
         run.display.note(
             f"{needed / 60:.1f} minutes would be needed: trains {run.steps.total} of {steps.total} steps to end in time"
         )
@@ -439,6 +444,12 @@ def _stage_steps(stage: str, search, total: int) -> tuple[int, int]:
     return (0, total) if search is None else (search.search_steps, total)
 
 
+def _measured(run: _Run, model: nn.Module) -> dict[str, Any]:
+    """What an epoch of CSQ has come to."""
+    batches = run.statistics_batches(HARD_STATISTICS)
+    return measure.measure(model, batches, lambda hard: runs.evaluate(hard, run.dataset).accuracy)
+
+
 def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
     loss, correct, samples = window.tolist()
     if not math.isfinite(loss):
@@ -467,8 +478,7 @@ def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor
         if "test_accuracy" in record and stage == "search":
             record["warnings"] = search.health()
     if search is not None and "test_accuracy" in record:
-        batches = run.statistics_batches(HARD_STATISTICS)
-        record |= measure.measure(run.model, batches, lambda model: runs.evaluate(model, run.dataset).accuracy)
+        record |= _measured(run, run.model)
     record["seconds"] = round(run.clock.seconds(), 2)
     return record
 
