@@ -168,7 +168,7 @@ def test_every_picture_is_drawn_with_units(run, written):
         "gap": ("test accuracy (%)", "distance of weights (%)", "epoch"),
         "undecided": ("undecided bits (%)", "average over the weights"),
         "gates": ("gate G", "head", "epoch"),
-        "training": ("training loss (nats, log)", "accuracy (%)", "exact integers", "search"),
+        "training": ("loss (nats, log)", "accuracy (%)", "exact integers", "search"),
         "accuracy_against_size": ("size of the file (kB, log)", "test accuracy (%)", "float, seed 0"),
     }
     assert wide.keys() == narrow.keys() == expected.keys()
@@ -242,44 +242,61 @@ def test_a_run_of_an_older_version_has_the_other_pictures(run, tmp_path):
     }
 
 
-def as_float(report, records, chosen):
-    """What a run of method float leaves: no scheme, no file, no bits."""
-    for key in ("scheme", "file_bytes", "hard_accuracy", "soft_accuracy"):
-        report.pop(key)
-    report |= {"method": "float", "seed": 3, "scheme": None}
-    records[:] = [record for record in records if record["phase"] == "float"]
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory) -> dict[str, Path]:
+    """Finished runs of the methods that CSQ is measured against."""
+    folder = tmp_path_factory.mktemp("baselines")
+    for method in ("float", "round", "lsq"):
+        loop.train(recipe.load("digits_mlp", [*SMALL, f"method={method}", "seed=3"]), folder / method)
+    return {method: folder / method for method in ("float", "round", "lsq")}
 
 
-def test_a_float_run_has_a_page(run, tmp_path):
-    folder = changed(run, tmp_path / "float", as_float)
-    assert csq("report", folder).exit_code == 0
-    seen = Elements((folder / "report.html").read_text()).text
+def test_a_float_run_has_a_page(baselines, tmp_path):
+    assert csq("report", baselines["float"], "--out", tmp_path / "report.html").exit_code == 0
+    seen = Elements((tmp_path / "report.html").read_text()).text
     assert "Nothing was quantized" in seen and "method float · seed 3" in seen
-    assert "a run of method float has no bits per layer" in seen
-    assert not (folder / "table.csv").exists() and (folder / "training.png").exists()
+    assert "a run of method float has no bits per layer" in seen and "integer" not in seen
+    assert not (tmp_path / "table.csv").exists() and (tmp_path / "training.png").exists()
 
 
-def test_baselines_are_points_with_method_and_seed(run, tmp_path):
-    def as_lsq(seed):
-        def change(report, records, chosen):
-            report |= {"method": "lsq", "seed": seed, "hard_accuracy": 0.5 + 0.125 * seed}
-            report["scheme"] |= {"stored_bits": 4.0}
+@pytest.mark.parametrize("method", ["round", "lsq"])
+def test_baselines_have_pages(baselines, method):
+    read = results.read(baselines[method])
+    assert read.report.scheme is not None
+    seen = Elements(without_pictures(baselines[method])).text
+    for part in (f"{read.ratio:.1f}x smaller", f"{read.report.scheme.float_bytes:,}", "3 bits", "no budget was asked"):
+        assert part in seen, part
+    names = {picture.name for picture in plots.PICTURES if picture.missing(read) is None}
+    assert names == {"bits_per_layer", "training", "accuracy_against_size"}
+    assert ("LSQ" in words(drawn("training", baselines[method]).wide)) == (method == "lsq")
 
-        return change
 
-    baselines = [changed(run, tmp_path / f"lsq{seed}", as_lsq(seed)) for seed in (1, 2)]
-    baselines.append(changed(run, tmp_path / "float", as_float))
-    labels = words(drawn("accuracy_against_size", run, *baselines).wide)
-    for label in ("lsq 4.00 bits, seeds 1, 2", "float, seed 3", "float, seed 0", "csq 2."):
+def test_baselines_are_points_with_method_and_seed(run, baselines, tmp_path):
+    def again(report, records, chosen):
+        report |= {"seed": 4, "hard_accuracy": 0.625}
+
+    def unwritten(report, records, chosen):
+        report |= {"seed": 5, "file_bytes": None}
+
+    folders = [*baselines.values(), changed(baselines["lsq"], tmp_path / "lsq", again)]
+    folders.append(changed(baselines["float"], tmp_path / "float", unwritten))
+    labels = words(drawn("accuracy_against_size", run, *folders).wide)
+    for label in (
+        "lsq 3.00 bits, seeds 3, 4",
+        "round 3.00 bits, seed 3",
+        "float, seeds 3, 5",
+        "float, seed 0",
+        "csq 2.",
+    ):
         assert label in labels
     own = results.read(run)
-    shown = plots.points(own, [results.read(folder) for folder in baselines])
-    scheme = own.report.scheme
-    assert scheme is not None
-    assert [point.accuracy for point in shown if point.method == "lsq"] == [0.625, 0.75]
-    assert {point.size for point in shown if point.method == "float"} == {scheme.float_bytes}
-    seen = Elements(without_pictures(run, *baselines)).text
-    assert "62.50 %" in seen and "75.00 %" in seen and "digits_mlp (this run)" in seen
+    assert own.report.scheme is not None
+    shown = plots.points(own, [results.read(folder) for folder in folders])
+    assert [point.accuracy for point in shown if point.method == "lsq"][1] == 0.625
+    float_bytes, written = own.report.scheme.float_bytes, results.read(baselines["float"]).report.file_bytes
+    assert [point.size for point in shown if point.method == "float"] == [written, float_bytes, float_bytes]
+    seen = Elements(without_pictures(run, *folders)).text
+    assert "62.50 %" in seen and "digits_mlp (this run)" in seen
 
 
 def test_labels_do_not_cover_one_another():

@@ -57,7 +57,7 @@ def _results(run: Results) -> dict[str, str]:
         "seed": str(run.seed),
         "float accuracy": _percent(report.float_accuracy),
         "soft accuracy": _percent(report.soft_accuracy),
-        "exact-integer accuracy": _percent(report.hard_accuracy),
+        "exact-integer accuracy": _percent(run.hard_accuracy),
         "budget": budget,
         "stored bits": "" if scheme is None else f"{scheme.stored_bits:.4g}",
         "paper bits": "" if scheme is None else f"{scheme.paper_bits:.4g}",

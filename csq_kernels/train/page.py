@@ -101,13 +101,13 @@ def _cards(results: Results) -> str:
         cards.append(("Float accuracy", "-", "not measured, there was no float phase"))
     else:
         cards.append(("Float accuracy", _percent(report.float_accuracy), "of the test set, 32 bits a weight"))
-    if report.hard_accuracy is not None:
+    if results.hard_accuracy is not None:
         note = "of the test set"
         if report.float_accuracy is not None:
-            points = 100 * (report.hard_accuracy - report.float_accuracy)
+            points = 100 * (results.hard_accuracy - report.float_accuracy)
             more = "more" if points > 0 else "less"
             note = "the same as float" if abs(points) < 0.005 else f"{abs(points):.2f} points {more} than float"
-        cards.append(("Exact-integer accuracy", _percent(report.hard_accuracy), note))
+        cards.append(("Exact-integer accuracy", _percent(results.hard_accuracy), note))
     if results.size is not None and scheme is not None:
         smaller = f"{_bytes(results.size)} instead of {_bytes(scheme.float_bytes)}"
         cards.append(("File size", f"{results.ratio:.1f}x smaller", smaller))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WIDE, NARROW = 7.2, 3.9
 ACCENT, PALE, INK, GREY, LINES = "#2456b8", "#c3d3ef", "#1f2430", "#6b7280", "#c9ced6"
 _SHADES = LinearSegmentedColormap.from_list("csq", ["#f3f6fb", "#bccdec", "#6f93d8", ACCENT])
-_PHASES = {"float": "float", "search": "search", "finetune": "fine-tuning"}
+_PHASES = {"float": "float", "search": "search", "finetune": "fine-tuning", "lsq": "LSQ"}
 # What a screen reads best with, of the page and of its pictures; they are measured in the widest, which matplotlib has.
 FONTS = "-apple-system, BlinkMacSystemFont, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
 _MEASURED_FONT = "DejaVu Sans"
@@ -151,7 +151,7 @@ def bits_per_layer(figure: Figure, results: Results, _: Sequence[Results]) -> No
     axes = figure.subplots()
     rows = range(len(layers))
     axes.barh(rows, [layer.stored_bits for layer in layers], 0.72, color=PALE, label="stored in the file")
-    axes.barh(rows, [layer.paper_bits for layer in layers], 0.3, color=ACCENT, label="paper bits (active gates)")
+    axes.barh(rows, [layer.paper_bits for layer in layers], 0.3, color=ACCENT, label="paper bits (bits in use)")
     if len(layers) <= _NAMED_ROWS:
         for row, layer in enumerate(layers):
             axes.annotate(
@@ -314,8 +314,8 @@ def training(figure: Figure, results: Results, _: Sequence[Results]) -> None:
     accuracies = [100 * (record.test_accuracy or 0.0) for record in tested]
     below.plot([record.epoch for record in tested], accuracies, color=ACCENT, linewidth=2, label="test")
     shown = accuracies
-    if results.report.hard_accuracy is not None:
-        hard = 100 * results.report.hard_accuracy
+    if results.hard_accuracy is not None:
+        hard = 100 * results.hard_accuracy
         label = f"exact integers: {hard:.2f} %"
         below.plot([epochs[-1]], [hard], "o", color=INK, markersize=5, clip_on=False, zorder=5, label=label)
         shown = [*accuracies, hard]
@@ -461,8 +461,8 @@ PICTURES = (
     Picture(
         "bits_per_layer",
         "Bits of each layer",
-        "How many bits CSQ left to a weight of each layer, from the input at the top to the output at the bottom: the "
-        "wide bar is what the file stores, the thin one what papers count, the gates that stayed open.",
+        "How many bits a weight of each layer has, from the input at the top to the output at the bottom: the wide bar "
+        "is what the file stores, the thin one what papers on CSQ count, the bits that stayed in use.",
         bits_per_layer,
         _needs_scheme,
     ),

@@ -137,9 +137,14 @@ class Results:
         return self.chosen.seed if self.report.seed is None else self.report.seed
 
     @property
+    def hard_accuracy(self) -> float | None:
+        """Of exact integers, which a run of method ``float`` has none of, whatever it reports."""
+        return None if self.report.method == "float" else self.report.hard_accuracy
+
+    @property
     def accuracy(self) -> float | None:
         """Of the network that the run is about: the exact integers, or the float network of method ``float``."""
-        return self.report.float_accuracy if self.report.hard_accuracy is None else self.report.hard_accuracy
+        return self.report.float_accuracy if self.hard_accuracy is None else self.hard_accuracy
 
     @property
     def size(self) -> int | None:
