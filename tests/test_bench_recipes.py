@@ -1,0 +1,51 @@
+"""The experiments of ``bench/recipes.py`` are recipes that exist, and the pages of results say what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pydantic")
+from csq_kernels.train import recipe
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import recipes
+
+        yield recipes
+        for name in ("recipes", "harness"):
+            del sys.modules[name]
+
+
+def test_every_experiment_is_a_recipe(recipes):
+    for suite in recipes.SUITES.values():
+        for name, experiment in suite.experiments.items():
+            overrides = [*suite.common, *experiment.overrides]
+            if experiment.continues is not None:
+                assert experiment.after in suite.experiments, name
+                overrides.append(experiment.continues(Path("some") / "run"))
+            recipe.load(suite.recipe, overrides)
+
+
+def test_pages_say_what_the_results_hold(recipes):
+    measured = {row["suite"] for row in recipes.read()}
+    assert measured, "no results"
+    for suite in measured:
+        page = recipes.DOCUMENTS / f"{suite}.md"
+        assert page.read_text() == recipes.table(suite), f"stale: python bench/recipes.py {suite} --table"
+
+
+def test_a_line_takes_the_place_of_an_older_run(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
+    row = {"suite": "s", "experiment": "e", "seed": 0, "seconds": 1.0, "hard_accuracy": 0.5, "commit": "a"}
+    recipes.write(row)
+    recipes.write(row | {"commit": "b"})  # the same run, collected again
+    assert [line["commit"] for line in recipes.read()] == ["a"]
+    recipes.write(row | {"seconds": 2.0, "commit": "c"})
+    recipes.write(row | {"seed": 1, "commit": "d"})
+    assert [line["commit"] for line in recipes.read()] == ["c", "d"]
