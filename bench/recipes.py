@@ -90,7 +90,28 @@ def fashion(epochs: int) -> dict[str, Experiment]:
     }
 
 
+ABLATION = {
+    "float": Experiment("float", ("method=float",)),
+    "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
+    "csq-2": _trained("the recipe"),
+    "sgd": _trained("bits by SGD at the rate of the rest", "csq_optimizer=null", "optimizer.gate_lr=0.3"),
+    "sgd-50": _trained("bits by SGD at 50", "csq_optimizer=null", "optimizer.gate_lr=0.3", "optimizer.logit_lr=50"),
+    "no-decision": _trained("temperature (9) over the whole finetune stage", "search.decision_share=0"),
+    "final-200": _trained("last temperature 200", "search.final_temperature=200"),
+    "scale-layer": _trained("one scale a layer", "quantization.scale_granularity=layer"),
+    "no-search": _trained(
+        "no search: one paper bit everywhere", "quantization.n_bits=1", "epochs.search=1", "epochs.finetune=3"
+    ),
+    "distilled": _trained("with distillation", "distillation={weight: 0.5}"),
+}
+
 SUITES = {
+    "fashion_mnist_cnn_ablation": Suite(
+        "What each setting is worth: a small convolutional network on Fashion-MNIST at 2.0 stored bits",
+        "fashion_mnist_resnet20",
+        ("model={name: cnn}", "budget=2.0 bits", "epochs.float=4", "epochs.search=1", "epochs.finetune=3"),
+        ABLATION,
+    ),
     "fashion_mnist_resnet20": Suite(
         "ResNet-20 on Fashion-MNIST", "fashion_mnist_resnet20", ("checkpoint.minutes=3",), fashion(30)
     ),
