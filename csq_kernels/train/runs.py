@@ -74,13 +74,14 @@ def load_data(recipe: "Recipe", state: dict[str, Any] | None, root: Path | None 
 
 def describe(recipe: "Recipe", dataset: data.Dataset) -> dict[str, Any]:
     """What a packed file says besides its tensors: how to build the network, and what it was trained on."""
-    return {
+    description = {
         "model": recipe.model.name,
         "options": recipe.model.options,
         "sizes": list(dataset.sizes),
         "data": recipe.data.name,
-        "data_options": dataset.options,
     }
+    # Most sets have none, and small files count every byte.
+    return description | ({"data_options": dataset.options} if dataset.options else {})
 
 
 def network(description: dict[str, Any]) -> nn.Module:
@@ -110,7 +111,6 @@ def described_data(description: dict[str, Any], root: Path | None = None) -> dat
         RunError: the description is not one, or the data there are not of its sizes.
         data.DataNotFoundError, data.DataError: with a message for the user.
     """
-    # Files that were written before there were sets with options say nothing about them.
     options = description.get("data_options", {})
     if not isinstance(options, dict):
         raise RunError(f"expected data_options as options of a data set, got {options!r}")
