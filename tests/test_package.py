@@ -30,7 +30,7 @@ RANKS = [
     {"nn"},
     {"budget", "optim", "report", "packed", "packed_header"},
     {"search"},
-    {"train", "commands", "cli", "__init__"},
+    {"train", "commands", "cli", "integrations", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # info() reports the choices of the backends: it looks upward when it is called, never at import.
