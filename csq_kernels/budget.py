@@ -7,7 +7,7 @@ starts a new run. Filling a gap of one bit is therefore free.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -348,7 +348,7 @@ def _added(costs: Sequence[Cost], name: str, before: frozenset[int], after: froz
 def _exchange(
     active: ActiveSets, scores: dict[str, dict[int, float]], costs: Sequence[Cost], minimum: Mapping[str, int]
 ) -> ActiveSets | None:
-    """Open a bit in one layer and close one elsewhere, so that more of the tightest budget is used.
+    """Open a bit in one layer and close one or more in another, so that more of the tightest budget is used.
 
     Of the exchanges that use at least half of what is left, takes the one with the best scores; where there is none,
     the one that uses the most. ``None``: no exchange uses more, or the budget is as good as full.
@@ -365,12 +365,16 @@ def _exchange(
             (-scores[name][bit], _added(costs, name, bits, bits | {bit}), name, bits | {bit})
             for bit in scores[name].keys() - bits
         )
-        if len(bits) > minimum[name]:
-            closings += _cheapest_regrets(
-                (scores[name][bit], _added(costs, name, bits, bits - {bit}), name, bits - {bit}) for bit in bits
+        lost, fewer = 0.0, bits
+        while len(fewer) > minimum[name]:
+            steps = _cheapest_regrets(
+                (lost + scores[name][bit], _added(costs, name, bits, fewer - {bit}), name, fewer - {bit})
+                for bit in fewer
             )
+            closings += steps
+            lost, _, _, fewer = min(steps)
     best: tuple[tuple[bool, float], ActiveSets] | None = None
-    for gained, opened, name, more in openings:
+    for regret, opened, name, more in openings:
         for lost, closed, other, fewer in closings:
             if other == name:
                 continue
@@ -378,20 +382,20 @@ def _exchange(
             if not all(map(int.__le__, after, limits)):
                 continue
             used = (max(map(float.__truediv__, map(float, after), map(float, limits))) - usage) / (1 - usage)
-            rank = (True, -gained - lost) if used >= 0.5 else (False, used)
+            rank = (True, -regret - lost) if used >= 0.5 else (False, used)
             if used > 0 and (best is None or rank > best[0]):
                 best = (rank, {name: more, other: fewer})
     return None if best is None else active | best[1]
 
 
-def _cheapest_regrets(changes: Iterable[_Change]) -> Iterator[_Change]:
+def _cheapest_regrets(changes: Iterable[_Change]) -> list[_Change]:
     """Of the changes that cost the same, the one with the least regret."""
     best: dict[tuple[int, ...], _Change] = {}
     for change in changes:
         key = tuple(change[1])
         if key not in best or change[0] < best[key][0]:
             best[key] = change
-    yield from best.values()
+    return list(best.values())
 
 
 def _closed_up(bits: frozenset[int], scores: dict[int, float]) -> frozenset[int]:
