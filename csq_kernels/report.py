@@ -150,7 +150,7 @@ def report(model: nn.Module, budget: Budgets | None = None, workload: Workload |
         >>> for budget in report(model, ["9 bits", "0.001 MB"]).budgets:
         ...     print(budget)
         budget 9 stored bits: used 9 (100.0%), met
-        budget 0.001 MB: used 0.0008 (80.0%), met
+        budget 0.001 MB: used 0.000497 (49.7%), met
     """
     layers = csq_layers(model)
     if not layers:
