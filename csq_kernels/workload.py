@@ -20,8 +20,9 @@ from csq_kernels.nn.prepare import csq_layers
 
 # Bits of an input that no quantizer has made small.
 _FLOAT_BITS = 32
-# Rounds of a layer at each width, of which the median counts, and nanoseconds that one lasts at least.
-_ROUNDS, _ROUND_NANOSECONDS = 7, 300_000
+# Rounds of which the median counts: as many as start within so many seconds, in these bounds. And nanoseconds for which
+# a layer is called in one of them.
+_ROUNDS, _LEAST_ROUNDS, _SECONDS, _ROUND_NANOSECONDS = 25, 3, 10.0, 100_000
 # Scale of the random codes' weights; any that is finite takes the same time.
 _SCALE = 1e-3
 
@@ -185,32 +186,35 @@ class _Latency:
     @torch.inference_mode()
     def measure(self) -> tuple[dict[str, tuple[int, ...]], int]:
         """``Workload.nanoseconds`` and ``rest_nanoseconds``."""
-        widest = max(self.n_bits.values()) + 1
-        for name in self.layers:
-            self._fill(name, widest)
-        calls = _calls(self.model, list(self.layers), self.example_inputs)
-        # Narrow, middle and wide networks: what they take beyond their layers is the rest.
-        whole = sorted({2, (widest + 1) // 2, widest})
-        measured: dict[str, list[int]] = {}
-        for name in self.layers:
-            rows = []
-            for bits in range(self.n_bits[name] + 2):
-                self._fill(name, bits)
-                own = [
-                    self._time(self.layers[name], args, kwargs) for called, args, kwargs, *_ in calls if called == name
-                ]
-                rows.append(sum(own))
-            measured[name] = rows
-        table = {leader: [0] * (self.n_bits[leader] + 2) for leader in self.members.values()}
-        for name, leader in self.members.items():
-            table[leader] = [sum(pair) for pair in zip(table[leader], measured[name], strict=True)]
-        increasing = {name: _increasing(row) for name, row in table.items()}
-        rests = []
-        for bits in whole:
+        networks = []
+        for bits in range(max(self.n_bits.values()) + 2):
             for name in self.layers:
                 self._fill(name, bits)
-            layers = sum(row[min(bits, len(row) - 1)] for row in increasing.values())
-            rests.append(self._time(self.model, self.example_inputs, {}) - layers)
+            networks.append(copy.deepcopy(self.model))
+        calls = _calls(self.model, list(self.layers), self.example_inputs)
+        layers: dict[tuple[str, int], list[int]] = {}
+        whole: dict[int, list[int]] = {}
+        # Rounds over everything: what disturbs the machine for a while falls into one round of each, not all of one.
+        start = time.monotonic()
+        for done in range(_ROUNDS):
+            if done >= _LEAST_ROUNDS and time.monotonic() - start > _SECONDS:
+                break
+            for bits, network in enumerate(networks):
+                for name in self.layers:
+                    if bits < self.n_bits[name] + 2:
+                        layer = network.get_submodule(name)
+                        own = [self._time(layer, args, kwargs) for called, args, kwargs, *_ in calls if called == name]
+                        layers.setdefault((name, bits), []).append(sum(own))
+                whole.setdefault(bits, []).append(self._time(network, self.example_inputs, {}))
+        table = {leader: [0] * (self.n_bits[leader] + 2) for leader in self.members.values()}
+        for (name, bits), rounds in layers.items():
+            table[self.members[name]][bits] += round(statistics.median(rounds))
+        increasing = {name: _increasing(row) for name, row in table.items()}
+        # What a network takes beyond its layers, whatever the width.
+        rests = [
+            statistics.median(rounds) - sum(row[min(bits, len(row) - 1)] for row in increasing.values())
+            for bits, rounds in whole.items()
+        ]
         return increasing, max(0, round(statistics.median(rests)))
 
     def _fill(self, name: str, bits: int) -> None:
@@ -231,18 +235,15 @@ class _Latency:
         layer.adopt_codes_(codes.to(self.device), scale, n_bits, active, self.dtypes[name], self.precision)
 
     def _time(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Median of the nanoseconds that a call takes."""
+        """Nanoseconds that a call takes, the mean of a few in a row after one that warms the caches."""
         begin = self._now()
         module(*args, **kwargs)
         once = max(1, self._now() - begin)
-        repeats = max(1, min(100, _ROUND_NANOSECONDS // once))
-        rounds = []
-        for _ in range(_ROUNDS):
-            begin = self._now()
-            for _ in range(repeats):
-                module(*args, **kwargs)
-            rounds.append((self._now() - begin) / repeats)
-        return round(statistics.median(rounds))
+        repeats = max(1, min(20, _ROUND_NANOSECONDS // once))
+        begin = self._now()
+        for _ in range(repeats):
+            module(*args, **kwargs)
+        return round((self._now() - begin) / repeats)
 
     def _now(self) -> int:
         if self.device.type == "cuda":

@@ -111,7 +111,7 @@ def test_each_width_is_timed_with_that_many_planes(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 1))
     csq.prepare_(model, csq.Config(n_bits=8))
     timed = workload(model, torch.zeros(1, 3), latency=True)
-    assert planes == list(range(10))
+    assert planes[:20] == 2 * list(range(10))
     # A clock that stands still: a nanosecond a bit is what closing one saves at least.
     assert timed.nanoseconds == {"0": tuple(range(1000, 1010))} and timed.rest_nanoseconds == 0
 
