@@ -33,6 +33,7 @@ from csq_kernels.nn import (
 from csq_kernels.packed import PackedFile, PackedFileError, load_packed, save_packed
 from csq_kernels.report import Report, report
 from csq_kernels.search import Search, finalize_
+from csq_kernels.workload import Workload, workload
 
 try:
     __version__ = version("csq_kernels")
@@ -60,6 +61,7 @@ __all__ = [
     "Plan",
     "Report",
     "Search",
+    "Workload",
     "finalize_",
     "functional",
     "info",
@@ -72,4 +74,5 @@ __all__ = [
     "save_packed",
     "set_precision_",
     "unpack_",
+    "workload",
 ]

@@ -79,6 +79,9 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
         tensors = {**module._parameters, **module._buffers}
         for name in own:
             del tensors[name]
+        if isinstance(module, CSQLayer):
+            # With the single-pass step, a parameter as well, but made of what is packed.
+            tensors.pop("weight", None)
         for name in module._non_persistent_buffers_set:
             tensors.pop(name, None)
         if not own and type(module).get_extra_state is not nn.Module.get_extra_state:

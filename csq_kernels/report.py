@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
 
 from csq_kernels import table
-from csq_kernels.budget import Budget, Cost, active_sets, stored_bits, weight_bytes
+from csq_kernels.budget import Budget, Budgets, active_sets, costs, stored_bits, weight_bytes
 from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.nn.prepare import csq_layers
 from csq_kernels.packed import rest_bytes
+from csq_kernels.workload import Workload
 
 # beta * logit beyond which sig() is exactly 1 in float32 and the gradient exactly 0.
 _FROZEN = 17.0
@@ -36,15 +37,45 @@ class LayerReport:
     undecided: float
 
 
+@dataclass(frozen=True)
+class BudgetReport:
+    """One budget, what is used of it in its unit, and whether it holds."""
+
+    budget: Budget
+    cost: float
+    met: bool
+
+    def to_dict(self) -> dict:
+        """Everything, ready for JSON."""
+        return {"budget": str(self.budget), "cost": self.cost, "met": self.met}
+
+    def __str__(self) -> str:
+        verdict = "met" if self.met else "NOT met"
+        return f"budget {self.budget}: used {self.cost:.4g} ({self.cost / self.budget.value:.1%}), {verdict}"
+
+
 @dataclass
 class Report:
-    """The scheme of a model, layer by layer, and against a budget. ``print(report)`` shows the table."""
+    """The scheme of a model, layer by layer, and against its budgets. ``print(report)`` shows the table."""
 
     layers: list[LayerReport]
     rest_bytes: int
-    budget: Budget | None = None
-    cost: float | None = None
-    budget_met: bool | None = None
+    budgets: list[BudgetReport] = field(default_factory=list)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The first budget, ``None`` if there is none."""
+        return self.budgets[0].budget if self.budgets else None
+
+    @property
+    def cost(self) -> float | None:
+        """What is used of the first budget, in its unit."""
+        return self.budgets[0].cost if self.budgets else None
+
+    @property
+    def budget_met(self) -> bool | None:
+        """Whether all budgets hold."""
+        return all(budget.met for budget in self.budgets) if self.budgets else None
 
     def _average(self, attribute: str) -> float:
         weights = [math.prod(layer.shape) for layer in self.layers]
@@ -79,7 +110,8 @@ class Report:
         """Everything, ready for JSON."""
         names = ("paper_bits", "stored_bits", "bytes", "float_bytes", "rest_bytes", "gap", "cost", "budget_met")
         totals = {name: getattr(self, name) for name in names}
-        return totals | {"budget": str(self.budget or ""), "layers": [asdict(layer) for layer in self.layers]}
+        budgets = {"budget": str(self.budget or ""), "budgets": [budget.to_dict() for budget in self.budgets]}
+        return totals | budgets | {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "paper", "stored", "active", "bytes", "float", "ratio", "gap", "undecided")]
@@ -96,28 +128,40 @@ class Report:
             ("model", "", f"{self.paper_bits:.2f}", f"{self.stored_bits:.2f}", "", f"{self.bytes:,}")
             + (f"{self.float_bytes:,}", ratio, f"{self.gap:.1e}", "")
         )
-        lines = table.lines(rows)
-        if self.budget is not None and self.cost is not None:
-            verdict = "met" if self.budget_met else "NOT met"
-            lines.append(f"budget {self.budget}: used {self.cost:.4g} ({self.cost / self.budget.value:.1%}), {verdict}")
-        return "\n".join(lines)
+        return "\n".join([*table.lines(rows), *map(str, self.budgets)])
 
 
 @torch.no_grad()
-def report(model: nn.Module, budget: str | Budget | None = None) -> Report:
+def report(model: nn.Module, budget: Budgets | None = None, workload: Workload | None = None) -> Report:
     """Describe the scheme of a model at any stage; gates and bits count as they would be hard.
 
+    Args:
+        model: a prepared model.
+        budget: as for ``Search``, one or several.
+        workload: as for ``Search``.
+
     Raises:
-        ValueError: the model has no CSQ layer, or the budget cannot be read.
+        ValueError: the model has no CSQ layer, or a budget cannot be read or needs a ``workload``.
+
+    Example:
+        >>> from csq_kernels import prepare_
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = prepare_(model)
+        >>> for budget in report(model, ["9 bits", "0.001 MB"]).budgets:
+        ...     print(budget)
+        budget 9 stored bits: used 9 (100.0%), met
+        budget 0.001 MB: used 0.000497 (49.7%), met
     """
-    parsed = None if budget is None else Budget.parse(budget)
-    cost = Cost(model, parsed or Budget(1.0, "stored bits"))
+    layers = csq_layers(model)
+    if not layers:
+        raise ValueError("expected model with CSQ layers, got none; call prepare_ first")
     rows = []
-    for name, layer in cost.layers.items():
+    for name, layer in layers.items():
         active = layer.active_bits()
         hard, soft = layer.hard_weight().float(), layer.weight.float()
         difference, size = (soft - hard).norm().item(), hard.norm().item()
-        shape, weights = tuple(layer.bit_logits.shape[2:]), cost.weights[name]
+        shape = tuple(layer.bit_logits.shape[2:])
+        weights = math.prod(shape)
         rows.append(
             LayerReport(
                 name=name,
@@ -131,10 +175,10 @@ def report(model: nn.Module, budget: str | Budget | None = None) -> Report:
                 undecided=_share_within(layer, math.log(99), active),
             )
         )
-    if parsed is None:
-        return Report(rows, rest_bytes(model))
-    scheme = active_sets(cost.layers)
-    return Report(rows, rest_bytes(model), parsed, cost.of(scheme), cost.total(scheme) <= cost.limit)
+    scheme = active_sets(layers)
+    asked = [] if budget is None else costs(model, budget, workload)
+    used = [BudgetReport(cost.budget, cost.of(scheme), cost.is_met(scheme)) for cost in asked]
+    return Report(rows, rest_bytes(model), used)
 
 
 def _share_within(layer: CSQLayer, limit: float, active: Collection[int]) -> float:

@@ -8,15 +8,17 @@ bits decide. ``finalize_`` makes the integers.
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
-from csq_kernels.budget import Budget, Cost, active_sets, gate_scores, repair, stored_bits
+from csq_kernels.budget import Budgets, active_sets, costs, gate_scores, repair, soft_gates, stored_bits
 from csq_kernels.nn.encode import digit_amplitude
 from csq_kernels.nn.prepare import csq_layers, followers
 from csq_kernels.optim import SinglePassOptimizer
 from csq_kernels.report import Report, health, report
+from csq_kernels.workload import Workload
 
 SCHEDULES = ("exponential", "linear", "cosine")
 # The controller counts gates at a higher temperature than the weight uses: nearly as the repair will count them.
@@ -32,7 +34,9 @@ class Search:
 
     Args:
         model: a prepared model.
-        budget: ``"3.0 bits"`` (stored), ``"3.0 paper bits"`` or ``"1.2 MB"``.
+        budget: ``"3.0 bits"`` (stored), ``"3.0 paper bits"``, ``"1.2 MB"``, ``"1.5 GBOPs"`` or ``"2.5 ms"``, see
+            ``Budget``; or several that must hold at once, as in ``["3.0 bits", "1.2 ms"]``. The search steers to the
+            one that is exceeded most, relative to what it allows.
         total_steps: optimizer steps of both stages.
         optimizer: when given, pruned planes are freed at the end of the search and the optimizer forgets their state.
             Leave a torch optimizer out under DDP, whose buckets cannot change; then pruned planes stay, unread. One of
@@ -45,9 +49,12 @@ class Search:
         schedule: ``"exponential"`` (9), ``"linear"`` or ``"cosine"`` (in the logarithm of the temperature).
         decision_share: share of the finetune stage, at its end, in which the temperature goes on from
             ``search_temperature``, up to which bits learn, to ``final_temperature``, at which they are decided.
+        workload: what ``workload(model, example_input)`` counted, for a budget in bit operations, or measured with
+            ``latency=True``, for one in milliseconds.
 
     Raises:
-        ValueError: an argument is out of range, or the budget cannot be reached with the layers' ``min_bits``.
+        ValueError: an argument is out of range, a budget needs a ``workload``, or cannot be reached with the layers'
+            ``min_bits``.
 
     Example:
         >>> from csq_kernels import prepare_
@@ -65,7 +72,7 @@ class Search:
     def __init__(
         self,
         model: nn.Module,
-        budget: str | Budget,
+        budget: Budgets,
         total_steps: int,
         *,
         optimizer: optim.Optimizer | None = None,
@@ -75,6 +82,7 @@ class Search:
         final_temperature: float = 10000.0,
         schedule: str = "exponential",
         decision_share: float = 0.2,
+        workload: Workload | None = None,
     ):
         if total_steps < 2:
             raise ValueError(f"expected total_steps of at least 2, got {total_steps}")
@@ -90,7 +98,6 @@ class Search:
         if schedule not in SCHEDULES:
             raise ValueError(f"expected schedule as one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.model = model
-        self.budget = Budget.parse(budget)
         self.total_steps = total_steps
         # With a share of 0 there is one step of search until ``fix_scheme`` is called.
         self.search_steps = min(max(round(total_steps * search_share), 1), total_steps - 1)
@@ -101,21 +108,25 @@ class Search:
         self.schedule = schedule
         self.decision_share = decision_share
         self.steps_done = 0
-        self.cost = Cost(model, self.budget)
+        self.costs = costs(model, budget, workload)
+        # The first: layers and weights are the same in all.
+        self.cost = self.costs[0]
         self.layers = self.cost.layers
         self._followers = {name: followers(model, layer) for name, layer in self.layers.items()}
         self._check_reachable()
         # A tensor on the model's device: the controller never waits for the GPU.
         self.integral = torch.zeros((), device=self._device(), dtype=torch.float64)
-        self.first_cost = float(self.cost.soft(sharpness=COUNT_SHARPNESS).detach())
+        gates = soft_gates(self.layers, sharpness=COUNT_SHARPNESS).detach()
+        self.first_costs = [float(cost.of_gates(gates)) for cost in self.costs]
         self._advanced = False
         if isinstance(optimizer, SinglePassOptimizer):
             optimizer.before_weights = self._advance_early
 
     def _check_reachable(self) -> None:
         least = {name: frozenset(range(layer.min_bits)) for name, layer in self.layers.items()}
-        if self.cost.total(least) > self.cost.limit:
-            raise self.cost.out_of_reach(least)
+        for cost in self.costs:
+            if not cost.is_met(least):
+                raise cost.out_of_reach(least)
 
     def _device(self) -> torch.device:
         return next(iter(self.layers.values())).scale.device
@@ -148,22 +159,44 @@ class Search:
             share = (1 - math.cos(math.pi * share)) / 2
         return first * (last / first) ** share
 
-    def target(self) -> float:
-        """Cost to steer to: from the first cost to the budget over two thirds of the search, then the budget."""
+    @property
+    def first_cost(self) -> float:
+        """Cost at the start, in the unit of the first budget."""
+        return self.first_costs[0]
+
+    def target(self, index: int = 0) -> float:
+        """Cost to steer to: from the first cost to the budget over two thirds of the search, then the budget.
+
+        ``index`` names one of several budgets.
+        """
         share = min(1.0, 1.5 * self.steps_done / self.search_steps)
-        return self.first_cost + (self.budget.value - self.first_cost) * share
+        first = self.first_costs[index]
+        return first + (self.costs[index].budget.value - first) * share
+
+    def _distances(self, shift: Tensor | float = 0.0) -> Tensor:
+        """Relative distance of the cost of each budget from its target; the largest is that of the tightest budget."""
+        gates = soft_gates(self.layers, shift, COUNT_SHARPNESS).detach()
+        return torch.stack(
+            [(cost.of_gates(gates) - self.target(index)) / cost.budget.value for index, cost in enumerate(self.costs)]
+        )
 
     def penalty(self) -> Tensor:
         """Equation (8): ``lambda * (DeltaS + integral of DeltaS) * cost``, a 0-dim tensor; 0 once the scheme is fixed.
 
         ``DeltaS`` is the relative distance of the soft cost from the target, not differentiated. The integral lets the
-        price of a bit rise for as long as the budget is missed, whatever the scale of the task's loss.
+        price of a bit rise for as long as the budget is missed, whatever the scale of the task's loss. The cost is that
+        of the tightest budget: in bits or MB, or as a share of what the budget allows.
         """
         if self.stage != "search":
             return torch.zeros((), device=self._device())
-        distance = (self.cost.soft(sharpness=COUNT_SHARPNESS).detach() - self.target()) / self.budget.value
-        cost = self.cost.soft()
-        return (self.strength * (distance + self.integral)).to(cost.dtype) * cost
+        distances = self._distances()
+        gates = soft_gates(self.layers)
+        priced = [
+            cost.of_gates(gates) / (cost.budget.value if cost.budget.needs_workload else 1.0) for cost in self.costs
+        ]
+        # Not an index: that would wait for the GPU.
+        cost = torch.stack(priced).take(distances.argmax())
+        return (self.strength * (distances.max() + self.integral)).to(cost.dtype) * cost
 
     def _advance_early(self) -> None:
         """``step``, called by the single-pass optimizer once gates and scales have moved and before the logits do.
@@ -189,7 +222,7 @@ class Search:
     @torch.no_grad()
     def _advance(self) -> None:
         if self.stage == "search":
-            distance = (self.cost.soft(sharpness=COUNT_SHARPNESS) - self.target()) / self.budget.value
+            distance = self._distances().max()
             # The integral doubles a constant distance after a twentieth of the search.
             self.integral = (self.integral + 20 * distance / self.search_steps).clamp(-10.0, 10.0)
             self._hold_target()
@@ -235,13 +268,13 @@ class Search:
         low, high = (torch.full((), side * _LARGEST_SHIFT, device=self._device()) for side in (-1, 1))
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            too_much = self.cost.soft(middle, COUNT_SHARPNESS) > self.target()
+            too_much = self._distances(middle).max() > 0
             low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
         for layer in self.layers.values():
             layer.gate_logits.add_((low + high) / 2)
 
     def _fix_scheme(self) -> None:
-        scheme = repair(active_sets(self.layers), gate_scores(self.layers), self.cost)
+        scheme = repair(active_sets(self.layers), gate_scores(self.layers), self.costs)
         drop = self.optimizer is not None
         for name, layer in self.layers.items():
             layer.fix_scheme_(scheme[name], drop_planes=drop)
@@ -258,8 +291,9 @@ class Search:
         return {name: {"paper": len(bits), "stored": stored_bits(bits)} for name, bits in sets.items()}
 
     def progress(self) -> dict[str, float | str]:
-        """Where the search stands: step, stage, temperature, average bits, the budget and the distance from it."""
+        """Step, stage, temperature, average bits, the tightest budget and the distance from it."""
         sets = active_sets(self.layers)
+        tightest = max(self.costs, key=lambda cost: cost.of(sets) / cost.budget.value)
         weights = self.cost.weights
 
         def average(count) -> float:
@@ -272,32 +306,42 @@ class Search:
             "temperature": self.temperature,
             "paper_bits": average(len),
             "stored_bits": average(stored_bits),
-            "budget": str(self.budget),
-            "gap": self.cost.of(sets) - self.budget.value,
+            "budget": str(tightest.budget),
+            "gap": tightest.of(sets) - tightest.budget.value,
         }
 
     def health(self) -> list[str]:
         """Warnings of the numerical watchdog, see ``health``."""
         return health(self.model)
 
-    def state_dict(self) -> dict[str, float | int | Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's and the optimizer's state."""
-        names = ("steps_done", "search_steps", "integral", "first_cost")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps_done", "search_steps", "integral")
+        # Under the name and in the form of the times with one budget only, where there is one.
+        first = self.first_costs[0] if len(self.first_costs) == 1 else list(self.first_costs)
+        return {name: getattr(self, name) for name in names} | {"first_cost": first}
 
-    def load_state_dict(self, state: Mapping[str, float | int | Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; load the model's state first, it carries the temperature and the scheme."""
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"expected search state with {sorted(expected)}, got {sorted(state)}")
+        first = state["first_cost"] if isinstance(state["first_cost"], list) else [state["first_cost"]]
+        if len(first) != len(self.costs):
+            raise ValueError(f"expected search state with {len(self.costs)} budgets, got one with {len(first)}")
         self.steps_done, self.search_steps = int(state["steps_done"]), int(state["search_steps"])
         self.integral = torch.as_tensor(state["integral"], dtype=torch.float64).to(self._device(), copy=True)
-        self.first_cost = float(state["first_cost"])
+        self.first_costs = [float(cost) for cost in first]
 
 
 @torch.no_grad()
 def finalize_(
-    model: nn.Module, data: Iterable | None = None, budget: str | Budget | None = None, *, meet_budget: bool = True
+    model: nn.Module,
+    data: Iterable | None = None,
+    budget: Budgets | None = None,
+    *,
+    meet_budget: bool = True,
+    workload: Workload | None = None,
 ) -> Report:
     """Make the hard model in place: integer codes (7) in every CSQ layer, logits freed; return the report.
 
@@ -305,27 +349,30 @@ def finalize_(
         model: a prepared model, at any stage.
         data: batches of inputs; when given, batch-norm statistics are estimated again, since they drifted while bits
             moved.
-        budget: when given and not yet met, the scheme is repaired first, and the report says how much of it is used.
+        budget: as for ``Search``, one or several; when given and not yet met, the scheme is repaired first, and the
+            report says how much of it is used.
         meet_budget: False leaves a missed budget missed, and the report says so.
+        workload: as for ``Search``, and the same.
 
     Raises:
-        ValueError: the model has no CSQ layer, or the budget cannot be met.
+        ValueError: the model has no CSQ layer, or a budget needs a ``workload`` or cannot be met.
     """
     layers = csq_layers(model)
     if budget is not None and meet_budget:
-        cost = Cost(model, Budget.parse(budget))
+        asked = costs(model, budget, workload)
         sets = active_sets(layers)
-        if cost.total(sets) > cost.limit:
-            hard = [name for name, layer in layers.items() if layer.stage == "hard"]
+        missed = [cost for cost in asked if not cost.is_met(sets)]
+        if missed:
+            hard, cost = [name for name, layer in layers.items() if layer.stage == "hard"], missed[0]
             if hard:
                 raise ValueError(
                     f"expected budget of at least {cost.of(sets):.4g} {cost.budget.unit}, got {cost.budget}: "
                     f"{hard[0]} is hard"
                 )
-            scheme = repair(sets, gate_scores(layers), cost)
+            scheme = repair(sets, gate_scores(layers), asked)
             for name, layer in layers.items():
                 layer.close_gates_(scheme[name])
-    soft = report(model, budget)
+    soft = report(model, budget, workload)
     for layer in layers.values():
         others = followers(model, layer)
         layer.harden_()
@@ -334,7 +381,7 @@ def finalize_(
     if data is not None:
         device = next(iter(layers.values())).scale.device
         optim.swa_utils.update_bn(data, model, device=device)
-    hard_report = report(model, budget)
+    hard_report = report(model, budget, workload)
     for before, after in zip(soft.layers, hard_report.layers, strict=True):
         after.gap, after.undecided = before.gap, before.undecided
     return hard_report

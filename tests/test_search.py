@@ -345,6 +345,13 @@ def test_resume_is_bitwise_equal(stop, drop):
         search.load_state_dict({"steps_done": 3})
 
 
+def test_megabytes_are_the_same_with_the_single_pass_step():
+    model = build()
+    before = csq.report(model).bytes
+    csq.optim.SGD(model, lr=0.1)
+    assert csq.report(model).bytes == before
+
+
 def test_finalize_in_the_middle_of_the_search_repairs():
     model = build()
     search, optimizer = start(model)

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-from csq_kernels.train import checkpoint, loop, measure, models, recipe, sweep
+from csq_kernels.train import checkpoint, loop, measure, models, recipe, results, runs, sweep
 
 SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
 
@@ -198,6 +198,36 @@ def test_report_and_folder(finished):
     for part in ("hidden1", "budget 3", "met", "float accuracy", "soft accuracy", "exact-integer accuracy", "gap"):
         assert part in text
     assert recipe.load(str(finished / "recipe.yaml")).dump() == small("data.crop=1").dump()
+
+
+def test_budgets_in_several_units_hold_through_an_interruption(tmp_path):
+    """The times are measured once in a run: measured again, they would ask for another scheme."""
+    budgets = ["6 bits", "0.3 MBOPs", "50 ms"]
+    chosen = small(f"budget={json.dumps(budgets)}", "checkpoint.steps=5")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(chosen, tmp_path, display=Interrupt(50))
+    kept = (tmp_path / runs.WORKLOAD).read_bytes()
+    result = loop.train(chosen, tmp_path, resume=True)
+    assert (tmp_path / runs.WORKLOAD).read_bytes() == kept
+    scheme, counted = result["scheme"], runs.load_workload(tmp_path, chosen)
+    assert [use["met"] for use in scheme["budgets"]] == [True] * 3 and scheme["budget_met"]
+    used = sum(counted.operations[row["name"]] * row["stored_bits"] for row in scheme["layers"])
+    assert scheme["budgets"][1]["cost"] == pytest.approx(used / 1e6) and used <= 0.3e6
+    # One sample: 64 inputs, 32 hidden units twice, 10 classes, floats.
+    assert sum(counted.operations.values()) == 32 * sum(counted.macs.values())
+    assert all(f"budget {text}: used" in (tmp_path / "report.txt").read_text() for text in ("0.3 MBOPs", "50 ms"))
+    assert results.read(tmp_path).report.scheme.asked == "6 stored bits, 0.3 MBOPs, 50 ms"
+
+
+def test_no_workload_is_counted_where_no_budget_needs_it(finished):
+    assert not (finished / runs.WORKLOAD).exists()
+
+
+def test_a_budget_of_work_out_of_reach_is_known_before_training(tmp_path):
+    with pytest.raises(
+        loop.TrainingError, match="expected budget of at least .* MBOPs for this model, got 0.001 MBOPs"
+    ):
+        loop.train(small("budget=0.001 MBOPs"), tmp_path)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished):

@@ -52,7 +52,7 @@ def _nats(loss: float | None) -> str:
 
 def _results(run: Results) -> dict[str, str]:
     report, scheme = run.report, run.report.scheme
-    budget = "" if scheme is None or not scheme.budget else scheme.budget
+    budget = "" if scheme is None else scheme.asked
     if budget and scheme is not None and not scheme.budget_met:
         budget += ", NOT met"
     return {

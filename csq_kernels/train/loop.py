@@ -273,6 +273,7 @@ def _search(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer | None
         total_steps=steps.quantized,
         optimizer=optimizer,
         search_share=steps.search / steps.quantized,
+        workload=runs.load_workload(run.out, run.recipe),
         **run.recipe.search.model_dump(),
     )
 
@@ -338,6 +339,7 @@ def _check_quantization(run: _Run) -> None:
     try:
         if recipe.method == "csq":
             csq.prepare_(copied, recipe.quantization.config())
+            runs.keep_workload(run.out, recipe, copied, run.dataset)
             _search(run, copied, None)
         elif recipe.method != "float":
             baselines.round_(copied, recipe.bits, recipe.quantization.config())
@@ -685,7 +687,13 @@ def _train_csq(run: _Run, state: dict[str, Any] | None) -> dict[str, Any]:
     run.estimate_statistics(FINAL_STATISTICS)
     _measure(run, "soft")
     statistics = run.statistics_batches(FINAL_STATISTICS)
-    report = csq.finalize_(model, data=statistics, budget=recipe.budget, meet_budget=recipe.preset is None)
+    report = csq.finalize_(
+        model,
+        data=statistics,
+        budget=recipe.budget,
+        meet_budget=recipe.preset is None,
+        workload=runs.load_workload(run.out, recipe),
+    )
     _measure(run, "hard")
     packed = copy.deepcopy(model)
     csq.pack_(packed)

@@ -89,9 +89,13 @@ def _budget(scheme: Scheme) -> tuple[str, str]:
     """Value and note of the card."""
     if not scheme.budget or scheme.cost is None:
         return f"{scheme.stored_bits:.2f}", "stored bits a weight, on average; no budget was asked"
-    value, _, unit = scheme.budget.partition(" ")
-    each = " a weight" if unit.endswith("bits") else ""
-    return ("met" if scheme.budget_met else "NOT met"), f"{value} {unit}{each} asked, {scheme.cost:.4g} used"
+    uses = [(use.budget, use.cost) for use in scheme.budgets] or [(scheme.budget, scheme.cost)]
+    notes = []
+    for budget, cost in uses:
+        value, _, unit = budget.partition(" ")
+        each = " a weight" if unit.endswith("bits") else ""
+        notes.append(f"{value} {unit}{each} asked, {cost:.4g} used")
+    return ("met" if scheme.budget_met else "NOT met"), "; ".join(notes)
 
 
 def _cards(results: Results) -> str:

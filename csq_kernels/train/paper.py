@@ -10,7 +10,7 @@ powers of two, without which there would be no integers to compare.
 import torch
 from torch import Tensor, nn
 
-from csq_kernels.budget import active_sets
+from csq_kernels.budget import Budget, Budgets, active_sets
 from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.search import Search
 
@@ -38,15 +38,17 @@ class PaperSearch(Search):
     sign says. The target is ``budget`` in bits a weight, counted as paper bits a layer.
 
     Raises:
-        ValueError: the budget is not in bits.
+        ValueError: there is more than one budget, or it is not in bits.
     """
 
-    def __init__(self, model: nn.Module, budget: str, total_steps: int, **options):
+    def __init__(self, model: nn.Module, budget: Budgets, total_steps: int, **options):
+        asked = Budget.parse_all(budget)
+        if len(asked) > 1 or "bits" not in asked[0].unit:
+            text = ", ".join(map(str, asked))
+            raise ValueError(f"expected budget in bits, and one, with the published rules, got {text}")
         super().__init__(model, budget, total_steps, strength=STRENGTH, final_temperature=FINAL_TEMPERATURE, **options)
-        if "bits" not in self.budget.unit:
-            raise ValueError(f"expected budget in bits with the published rules, got {self.budget}")
         self._planes = sum(len(layer.bits) for layer in self.layers.values())
-        self._target = self.budget.value / max(layer.n_bits for layer in self.layers.values())
+        self._target = asked[0].value / max(layer.n_bits for layer in self.layers.values())
 
     def restart_(self) -> None:
         """Give every layer the published first logits."""

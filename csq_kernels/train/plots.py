@@ -170,13 +170,18 @@ def bits_per_layer(figure: Figure, results: Results, _: Sequence[Results]) -> No
 
 
 def _budget_line(results: Results) -> tuple[float, str, str] | None:
-    """The budget as an average over the weights, how to call it, and whether it counts paper or stored bits."""
+    """The first budget as an average over the weights, how to call it, and whether it counts paper or stored bits.
+
+    ``None`` where it is none of the weights alone.
+    """
     scheme = results.report.scheme
     if scheme is None or not scheme.budget:
         return None
     try:
         budget = Budget.parse(scheme.budget)
     except ValueError:
+        return None
+    if budget.needs_workload:
         return None
     if budget.unit != "MB":
         return budget.value, f"budget: {budget}", budget.unit.split()[0]

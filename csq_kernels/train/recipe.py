@@ -156,7 +156,10 @@ class Recipe(_Section):
         description="take over the search of this run's folder: only the budget is met anew, then finetune",
     )
     quantization: Quantization = Quantization()
-    budget: str = Field(default="3.0 bits", description="what Search accepts; bits are stored bits")
+    budget: str | list[str] = Field(
+        default="3.0 bits",
+        description="what Search accepts, as in [3.0 bits, 0.5 GBOPs] where several must hold; bits are stored bits",
+    )
     epochs: Epochs
     batch_size: int = Field(default=128, ge=2)
     precision: Literal["float32", "bfloat16"] = Field(
@@ -191,8 +194,8 @@ class Recipe(_Section):
 
     @field_validator("budget")
     @classmethod
-    def _budget(cls, budget: str) -> str:
-        csq.Budget.parse(budget)
+    def _budget(cls, budget: str | list[str]) -> str | list[str]:
+        csq.Budget.parse_all(budget)
         return budget
 
     @model_validator(mode="after")

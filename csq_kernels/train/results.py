@@ -39,8 +39,16 @@ class Layer(_Part):
         return math.prod(self.shape)
 
 
+class BudgetUse(_Part):
+    """As ``csq_kernels.report.BudgetReport``."""
+
+    budget: str
+    cost: float
+    met: bool
+
+
 class Scheme(_Part):
-    """As ``csq_kernels.report.Report``."""
+    """As ``csq_kernels.report.Report``. Runs of older versions have no list of budgets, only the one."""
 
     paper_bits: float
     stored_bits: float
@@ -50,7 +58,13 @@ class Scheme(_Part):
     cost: float | None = None
     budget_met: bool | None = None
     budget: str = ""
+    budgets: list[BudgetUse] = Field(default_factory=list)
     layers: list[Layer] = Field(min_length=1)
+
+    @property
+    def asked(self) -> str:
+        """All budgets, as the recipe asks for them."""
+        return ", ".join(budget.budget for budget in self.budgets) or self.budget
 
 
 class Report(_Part):

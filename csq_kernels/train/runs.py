@@ -1,6 +1,7 @@
-"""A finished run and its packed file: load the one, build the network of the other, compare and measure them."""
+"""What a run leaves behind: load a finished one, build the network of its packed file, compare and measure them."""
 
 import copy
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import csq_kernels as csq
 from csq_kernels import table
 from csq_kernels._ops import PRECISIONS
+from csq_kernels.files import write_atomically
 from csq_kernels.nn import CSQLayer, PackedLayer
 from csq_kernels.train import checkpoint, data, models
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from csq_kernels.train.recipe import Recipe
 
 EVALUATION_BATCH = 500
+# What one test sample costs in a network of a run whose budget is in bit operations or milliseconds.
+WORKLOAD = "workload.json"
 # Samples at once, and seconds spent, when a network is timed.
 _TIMED_BATCHES, _TIMED_SECONDS = (1, 100), 0.3
 
@@ -123,6 +127,30 @@ def described_data(description: dict[str, Any], root: Path | None = None) -> dat
     if list(dataset.sizes) != description["sizes"]:
         raise RunError(f"expected data set {dataset.name} of sizes {description['sizes']}, got {list(dataset.sizes)}")
     return dataset
+
+
+def keep_workload(out: Path, recipe: "Recipe", model: nn.Module, dataset: data.Dataset) -> None:
+    """Count, and time if need be, what one test sample costs, and write it into the folder ``out`` of a run.
+
+    Only where the budget needs it, and once in a run: times that are measured again would be others, and a scheme that
+    met the budget would no longer.
+    """
+    budgets = csq.Budget.parse_all(recipe.budget)
+    started = (out / checkpoint.NAME).exists() or (out / checkpoint.PREVIOUS).exists()
+    if not any(budget.needs_workload for budget in budgets) or (started and (out / WORKLOAD).exists()):
+        return
+    sample = next(iter(dataset.test_batches(1)))[0]
+    counted = csq.workload(model, sample, latency=any(budget.needs_latency for budget in budgets))
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(counted.to_dict(), indent=2) + "\n"
+    write_atomically(out / WORKLOAD, lambda file: file.write(text.encode()))
+
+
+def load_workload(out: Path, recipe: "Recipe") -> csq.Workload | None:
+    """What ``keep_workload`` wrote, ``None`` where the budget does not need it."""
+    if not any(budget.needs_workload for budget in csq.Budget.parse_all(recipe.budget)):
+        return None
+    return csq.Workload.from_dict(json.loads((out / WORKLOAD).read_text()))
 
 
 class Score(NamedTuple):

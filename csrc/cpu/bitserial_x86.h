@@ -430,82 +430,66 @@ inline void prefetch_ahead(const Inputs<T>& inputs, int group, bool first) {
     }
 }
 
+// work(std::integral_constant<int, i>) for i = 0 .. N - 1. Constant indices keep an array of vectors in registers,
+// where a loop that is only unrolled may leave it in memory.
+template <int... I, class Work>
+[[gnu::always_inline]] inline void each_of(std::integer_sequence<int, I...>, const Work& work) {
+    (work(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Work>
+[[gnu::always_inline]] inline void each(const Work& work) {
+    each_of(std::make_integer_sequence<int, N>{}, work);
+}
+#define CSQ_INLINE __attribute__((always_inline))
+
 // A block of R vectors of rows and M batch rows. S products of bytes are added up in 16 bits before they are widened;
 // 0: each is widened at once.
-// Loops over the sums are unrolled to the end, or the compiler keeps the sums in memory.
 template <int R, int M, int S>
 void multiply_block(const uint8_t* panel, int groups, const Inputs<int8_t>& inputs, int64_t m0, int row,
                     const Sums& to) {
     using v = typename V::v;
     constexpr int kLanes = V::bytes / 4;
-    const auto place = [&](int m, int r) { return (m0 + m) * kTileRows + row + r * kLanes; };
-    v sums[M][R];
+    v sums[M * R];
     const int8_t* bases[M];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-        bases[m] = inputs.bases[m0 + m];
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            sums[m][r] = to.totals != nullptr ? V::load_32(to.totals + place(m, r)) : V::set1_32(to.starts[m0 + m]);
-        }
+    for (int m = 0; m < M; ++m) bases[m] = inputs.bases[m0 + m];
+    const auto place = [&](int i) CSQ_INLINE { return (m0 + i / R) * kTileRows + row + i % R * kLanes; };
+    if (to.totals != nullptr) {
+        each<M * R>([&](auto i) CSQ_INLINE { sums[i] = V::load_32(to.totals + place(i)); });
+    } else {
+        each<M * R>([&](auto i) CSQ_INLINE { sums[i] = V::set1_32(to.starts[m0 + i / R]); });
     }
-    const auto weights = [&](int g, int r) { return V::load(panel + g * kTileRows * kGroup + r * V::bytes); };
-    const auto input = [&](int g, int m) { return V::set1_32(word_at(bases[m] + inputs.offsets[g])); };
-    const bool first = m0 == 0 && row == 0;
+    // Calls add(sum, weights, inputs) for each sum.
+    const auto multiply_group = [&](int g, const auto& add) CSQ_INLINE {
+        prefetch_ahead(inputs, g, m0 == 0 && row == 0);
+        v w[R];
+        each<R>([&](auto r) CSQ_INLINE { w[r] = V::load(panel + g * kTileRows * kGroup + r * V::bytes); });
+        const int32_t offset = inputs.offsets[g];
+        each<M>([&](auto m) CSQ_INLINE {
+            const v x = V::set1_32(word_at(bases[m] + offset));
+            each<R>([&](auto r) CSQ_INLINE { add(std::integral_constant<int, m() * R + r()>{}, w[r], x); });
+        });
+    };
     if constexpr (S == 0) {
         for (int g = 0; g < groups; ++g) {
-            prefetch_ahead(inputs, g, first);
-            v w[R];
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) w[r] = weights(g, r);
-#pragma GCC unroll 12
-            for (int m = 0; m < M; ++m) {
-                const v x = input(g, m);
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) sums[m][r] = V::dot(sums[m][r], w[r], x);
-            }
+            multiply_group(g, [&](auto i, v w, v x) CSQ_INLINE { sums[i] = V::dot(sums[i], w, x); });
         }
     } else {
         const v ones = V::set1_16(1);
         for (int g0 = 0; g0 < groups; g0 += S) {
             const int end = std::min(groups, g0 + S);
-            v narrow_sums[M][R];
-#pragma GCC unroll 12
-            for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) narrow_sums[m][r] = V::zero();
-            }
+            v narrow_sums[M * R];
+            each<M * R>([&](auto i) CSQ_INLINE { narrow_sums[i] = V::zero(); });
             for (int g = g0; g < end; ++g) {
-                prefetch_ahead(inputs, g, first);
-                v w[R];
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) w[r] = weights(g, r);
-#pragma GCC unroll 12
-                for (int m = 0; m < M; ++m) {
-                    const v x = input(g, m);
-#pragma GCC unroll 12
-                    for (int r = 0; r < R; ++r) {
-                        narrow_sums[m][r] = V::add16(narrow_sums[m][r], V::maddubs(w[r], x));
-                    }
-                }
+                multiply_group(g, [&](auto i, v w, v x)
+                                      CSQ_INLINE { narrow_sums[i] = V::add16(narrow_sums[i], V::maddubs(w, x)); });
             }
-#pragma GCC unroll 12
-            for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 12
-                for (int r = 0; r < R; ++r) sums[m][r] = V::add32(sums[m][r], V::madd(narrow_sums[m][r], ones));
-            }
+            each<M * R>([&](auto i) CSQ_INLINE { sums[i] = V::add32(sums[i], V::madd(narrow_sums[i], ones)); });
         }
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            if (to.totals != nullptr) {
-                V::store_32(to.totals + place(m, r), sums[m][r]);
-            } else {
-                V::add_scaled(to.out + place(m, r), to.factors[m0 + m], sums[m][r]);
-            }
-        }
+    if (to.totals != nullptr) {
+        each<M * R>([&](auto i) CSQ_INLINE { V::store_32(to.totals + place(i), sums[i]); });
+    } else {
+        each<M * R>([&](auto i) CSQ_INLINE { V::add_scaled(to.out + place(i), to.factors[m0 + i / R], sums[i]); });
     }
 }
 

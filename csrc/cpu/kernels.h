@@ -9,6 +9,7 @@
 
 #include "core/half.h"
 #include "core/reconstruct.h"
+#include "core/soft_bits.h"
 #include "core/step.h"
 #include "cpu/reconstruct_tiles.h"
 

@@ -18,30 +18,36 @@ struct PerLane {
     typename V::f at(int64_t i) const { return V::load(values + i); }
 };
 
-// Equation (1) for x = -minus_beta * logit: 1 / (1 + exp(-x)), within 2.5 ulp like torch.sigmoid; exactly 0 below
-// kSigmoidZero; NaN propagates.
-template <class V>
-inline typename V::f sigmoid(typename V::f logit, typename V::f minus_beta) {
+// Equation (1) for N vectors, exp(-x) = 2^(rate * logit) as in core/soft_bits.h: 1 / (1 + exp(-x)); exactly 0 below
+// kSigmoidZero; NaN propagates. Rate and product round once each, so exp(-x) errs by (2 |x| + 1) u, of which a sigmoid
+// keeps the part 1 - P; with addition and division 2 u more. The vectors go side by side: each line waits for the one
+// before. Inlined, so that a loop keeps the constants in registers.
+template <class V, int N>
+[[gnu::always_inline]] inline void sigmoids(const typename V::f (&logits)[N], typename V::f rate,
+                                            typename V::f (&bits)[N]) {
     using f = typename V::f;
     // Adding 1.5 * 2^23 rounds to an integer; the 127 more makes its low bits the exponent field of that power of two.
-    const f magic = V::set1(0x1.8p23f + 127.0f);
-    const f t = V::mul(minus_beta, logit);
-    // Below -40, 1 + exp(t) is 1. The operand order keeps a NaN: max returns its second operand then.
-    const f x = V::max(V::set1(-40.0f), t);
-    const f shifted = V::fma(x, V::set1(0x1.715476p+0f), magic);
-    const f n = V::sub(shifted, magic);
-    // ln 2 in two parts, the first short, so that n times it is exact without a fused multiply-add too.
-    const f r = V::fma(n, V::set1(2.12194440e-4f), V::fma(n, V::set1(-0.693359375f), x));
-    // Minimax for exp on |r| <= ln(2)/2 with the first two coefficients 1: relative error 3.1e-9.
-    f p = V::set1(1.3814540e-3f);
-    p = V::fma(p, r, V::set1(8.3687451e-3f));
-    p = V::fma(p, r, V::set1(4.1668391e-2f));
-    p = V::fma(p, r, V::set1(1.6666520e-1f));
-    p = V::fma(p, r, V::set1(4.9999993e-1f));
-    p = V::fma(p, r, V::set1(1.0f));
-    p = V::fma(p, r, V::set1(1.0f));
-    const f y = V::div(V::set1(1.0f), V::fma(p, V::exponent(shifted), V::set1(1.0f)));
-    return V::zero_where_greater(y, t, V::set1(-kSigmoidZero));
+    const f magic = V::set1(0x1.8p23f + 127.0f), one = V::set1(1.0f);
+    f t[N], r[N], power[N], p[N];
+    const auto each = [](const auto& line) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) line(i);
+    };
+    each([&](int i) { t[i] = V::mul(rate, logits[i]); });
+    // Below -60, 1 + 2^t is 1. The operand order keeps a NaN: max returns its second operand then.
+    each([&](int i) { r[i] = V::max(V::set1(-60.0f), t[i]); });
+    each([&](int i) { power[i] = V::add(r[i], magic); });
+    each([&](int i) { r[i] = V::sub(r[i], V::sub(power[i], magic)); });
+    // Minimax for 2^r on |r| <= 1/2 with the first coefficient 1: relative error 3.0e-9.
+    each([&](int i) { p[i] = V::fma(V::set1(1.5326471e-4f), r[i], V::set1(1.3390806e-3f)); });
+    each([&](int i) { p[i] = V::fma(p[i], r[i], V::set1(9.618506e-3f)); });
+    each([&](int i) { p[i] = V::fma(p[i], r[i], V::set1(5.55036e-2f)); });
+    each([&](int i) { p[i] = V::fma(p[i], r[i], V::set1(0.24022648f)); });
+    each([&](int i) { p[i] = V::fma(p[i], r[i], V::set1(0.6931472f)); });
+    each([&](int i) { p[i] = V::fma(p[i], r[i], one); });
+    each([&](int i) { p[i] = V::fma(p[i], V::exponent(power[i]), one); });
+    const f limit = V::set1(exponent_rate(kSigmoidZero));
+    each([&](int i) { bits[i] = V::zero_where_greater(V::div(one, p[i]), t[i], limit); });
 }
 
 template <class V, class T>
@@ -93,9 +99,11 @@ struct Reconstruct {
     }
 
     template <class C>
-    static void add_plane_vector(f p, f q, int64_t i, f minus_beta, C plane, float* total) {
+    [[gnu::always_inline]] static void add_plane_vector(f p, f q, int64_t i, f rate, C plane, float* total) {
         const f c = plane.at(i);
-        f digit = V::sub(sigmoid<V>(p, minus_beta), sigmoid<V>(q, minus_beta));
+        f bits[2];
+        sigmoids<V, 2>({p, q}, rate, bits);
+        f digit = V::sub(bits[0], bits[1]);
         // A lane whose gate is 0 takes nothing from its logits, be they NaN.
         if constexpr (std::is_same_v<C, PerLane<V>>) digit = V::zero_where_zero(digit, c);
         V::store(total + i, V::fma(c, digit, V::load(total + i)));
@@ -104,13 +112,13 @@ struct Reconstruct {
     // total += 2^b G_b (P_b - N_b) over a tile; total has room for whole vectors.
     template <class C>
     static void add_plane(const T* p, const T* q, int64_t n, float beta, C plane, float* total) {
-        const f minus_beta = V::set1(-beta);
+        const f rate = V::set1(exponent_rate(beta));
         int64_t i = 0;
         for (; i + W <= n; i += W) {
             prefetch(p + i, q + i);
-            add_plane_vector(V::load(p + i), V::load(q + i), i, minus_beta, plane, total);
+            add_plane_vector(V::load(p + i), V::load(q + i), i, rate, plane, total);
         }
-        if (i < n) add_plane_vector(load_part(p + i, n - i), load_part(q + i, n - i), i, minus_beta, plane, total);
+        if (i < n) add_plane_vector(load_part(p + i, n - i), load_part(q + i, n - i), i, rate, plane, total);
     }
 
     template <class C>
@@ -122,9 +130,11 @@ struct Reconstruct {
 
     // Gradients (4) of one vector of plane k, if they are wanted; returns D (P - N), the term of the sums (5) and (6).
     template <bool Gradients, class C>
-    static f plane_gradients(f p, f q, f grad, int64_t i, f minus_beta, C plane, C step, T* grad_p, T* grad_q) {
-        const f positive = sigmoid<V>(p, minus_beta);
-        const f negative = sigmoid<V>(q, minus_beta);
+    [[gnu::always_inline]] static f plane_gradients(f p, f q, f grad, int64_t i, f minus_beta, f rate, C plane, C step,
+                                                    T* grad_p, T* grad_q) {
+        f bits[2];
+        sigmoids<V, 2>({p, q}, rate, bits);
+        const f positive = bits[0], negative = bits[1];
         const f term = V::mul(grad, V::sub(positive, negative));
         if constexpr (!Gradients) return term;
         const f one = V::set1(1.0f);
@@ -147,18 +157,18 @@ struct Reconstruct {
     template <bool Gradients, class G>
     static double wide_plane(const T* p, const T* q, const G* grad, int64_t n, float beta, Uniform<V> plane,
                              Uniform<V> step, T* grad_p, T* grad_q) {
-        const f minus_beta = V::set1(-beta);
+        const f minus_beta = V::set1(-beta), rate = V::set1(exponent_rate(beta));
         typename V::Doubles sum = V::no_doubles();
         int64_t i = 0;
         for (; i + W <= n; i += W) {
             prefetch(p + i, q + i);
             V::add_to(sum, plane_gradients<Gradients>(V::load(p + i), V::load(q + i), V::load(grad + i), i, minus_beta,
-                                                      plane, step, grad_p, grad_q));
+                                                      rate, plane, step, grad_p, grad_q));
         }
         if (i < n) {
             V::add_to(sum, plane_gradients<Gradients>(load_part(p + i, n - i), load_part(q + i, n - i),
-                                                      load_part(grad + i, n - i), i, minus_beta, plane, step, grad_p,
-                                                      grad_q));
+                                                      load_part(grad + i, n - i), i, minus_beta, rate, plane, step,
+                                                      grad_p, grad_q));
         }
         return V::total(sum);
     }
@@ -167,15 +177,15 @@ struct Reconstruct {
     template <bool Gradients, class G>
     static void narrow_plane(const T* p, const T* q, const G* grad, int64_t n, float beta, PerLane<V> plane,
                              PerLane<V> step, T* grad_p, T* grad_q, float* terms) {
-        const f minus_beta = V::set1(-beta);
+        const f minus_beta = V::set1(-beta), rate = V::set1(exponent_rate(beta));
         int64_t i = 0;
         for (; i + W <= n; i += W) {
             V::store(terms + i, plane_gradients<Gradients>(V::load(p + i), V::load(q + i), V::load(grad + i), i,
-                                                           minus_beta, plane, step, grad_p, grad_q));
+                                                           minus_beta, rate, plane, step, grad_p, grad_q));
         }
         if (i < n) {
             V::store(terms + i, plane_gradients<Gradients>(load_part(p + i, n - i), load_part(q + i, n - i),
-                                                           load_part(grad + i, n - i), i, minus_beta, plane, step,
+                                                           load_part(grad + i, n - i), i, minus_beta, rate, plane, step,
                                                            grad_p, grad_q));
         }
     }

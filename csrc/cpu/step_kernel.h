@@ -162,70 +162,84 @@ struct Step {
         uint32_t key;
     };
 
-    // One vector of a plane, `at` in its arrays and `i` in the tile; before and next are 2^b G_b of the two weights.
+    // What moves the logits of a plane and makes the next weight of them: before and next are 2^b G_b of the two
+    // weights. A gate of 0 takes nothing from its logits, be they NaN, and moves nothing.
     template <int Momenta, class C>
-    static void move_vector(const Plane& plane, int64_t at, Tile& tile, int64_t i, const Rule& rule, C before, C next,
-                            const uint32_t (&counters)[2]) {
-        const f one = V::set1(1.0f);
-        f bits[2] = {V::set1(0.0f), V::set1(0.0f)};
-        for (const int sign : {0, 1}) {
-            const f x = V::load(plane.logits[sign] + at);
-            f slope = V::set1(0.0f);
-            if (!before.zero()) {
-                const f c = before.at(i);
-                const f bit = sigmoid<V>(x, V::set1(-tile.beta_before));
-                // grad carries the sign of -beta: P (P - 1) turns it back, and N (1 - N) is what (4) asks for.
-                const f curve = V::mul(bit, sign == 0 ? V::sub(bit, one) : V::sub(one, bit));
-                slope = V::mul(V::mul(c, V::load(tile.grad + i)), curve);
-                if constexpr (std::is_same_v<C, PerLane<V>>) slope = V::zero_where_zero(slope, c);
+    struct Mover {
+        const Rule rule;
+        const f rate_before, rate_next;
+        const C before, next;
+        const uint32_t key;
+        const uint32_t counters[2];
+
+        // One vector of a plane, `at` in its arrays and `i` in the tile.
+        [[gnu::always_inline]] void move_vector(const Plane& plane, int64_t at, Tile& tile, int64_t i) const {
+            const f one = V::set1(1.0f);
+            const f x[2] = {V::load(plane.logits[0] + at), V::load(plane.logits[1] + at)};
+            f bits[2], moved[2];
+            sigmoids<V>(x, rate_before, bits);
+            const f slope = V::mul(before.at(i), V::load(tile.grad + i));
+            // grad carries the sign of -beta: P (P - 1) turns it back, and N (1 - N) is what (4) asks for.
+            const f curves[2] = {V::mul(bits[0], V::sub(bits[0], one)), V::mul(bits[1], V::sub(one, bits[1]))};
+#pragma GCC unroll 2
+            for (int sign = 0; sign < 2; ++sign) {
+                const f g = V::zero_where_zero(V::mul(slope, curves[sign]), before.at(i));
+                moved[sign] = move<Momenta>(rule, x[sign], g, plane.momenta[sign], at);
+                if constexpr (!std::is_same_v<T, float>) {
+                    const u random = mix<V>(V::count_from(key + counters[sign] + static_cast<uint32_t>(i)));
+                    moved[sign] = round_logit<V>(moved[sign], random);
+                }
+                V::store(plane.logits[sign] + at, moved[sign]);
             }
-            f moved = move<Momenta>(rule, x, slope, plane.momenta[sign], at);
-            if constexpr (!std::is_same_v<T, float>) {
-                const u random = mix<V>(V::count_from(tile.key + counters[sign] + static_cast<uint32_t>(i)));
-                moved = round_logit<V>(moved, random);
-            }
-            V::store(plane.logits[sign] + at, moved);
-            if (!next.zero()) bits[sign] = sigmoid<V>(moved, V::set1(-tile.beta_next));
+            sigmoids<V>(moved, rate_next, bits);
+            const f digit = V::zero_where_zero(V::sub(bits[0], bits[1]), next.at(i));
+            V::store(tile.total + i, V::fma(next.at(i), digit, V::load(tile.total + i)));
         }
-        if (next.zero()) return;
-        const f c = next.at(i);
-        f digit = V::sub(bits[0], bits[1]);
-        if constexpr (std::is_same_v<C, PerLane<V>>) digit = V::zero_where_zero(digit, c);
-        V::store(tile.total + i, V::fma(c, digit, V::load(tile.total + i)));
-    }
+
+        [[gnu::always_inline]] void move_plane(const Plane& plane, Tile& tile, int64_t n) const {
+            int64_t i = 0;
+            for (; i + W <= n; i += W) {
+                for (const int sign : {0, 1}) {
+                    __builtin_prefetch(plane.logits[sign] + i + kPrefetch);
+                    for (int m = 0; m < Momenta; ++m) __builtin_prefetch(plane.momenta[sign][m] + i + kPrefetch);
+                }
+                move_vector(plane, i, tile, i);
+            }
+            if (i == n) return;
+            // The last, incomplete vector goes through memory of its own.
+            const int64_t count = n - i;
+            T logits[2][W] = {};
+            float momenta[2][2][W] = {};
+            Plane part{};
+            for (const int sign : {0, 1}) {
+                part.logits[sign] = logits[sign];
+                std::memcpy(logits[sign], plane.logits[sign] + i, count * sizeof(T));
+                for (int m = 0; m < Momenta; ++m) {
+                    part.momenta[sign][m] = momenta[sign][m];
+                    std::memcpy(momenta[sign][m], plane.momenta[sign][m] + i, count * sizeof(float));
+                }
+            }
+            move_vector(part, 0, tile, i);
+            for (const int sign : {0, 1}) {
+                std::memcpy(plane.logits[sign] + i, logits[sign], count * sizeof(T));
+                for (int m = 0; m < Momenta; ++m) {
+                    std::memcpy(plane.momenta[sign][m] + i, momenta[sign][m], count * sizeof(float));
+                }
+            }
+        }
+    };
 
     template <int Momenta, class C>
     static void move_plane(const Plane& plane, Tile& tile, int64_t n, const Rule& rule, C before, C next,
                            const uint32_t (&counters)[2]) {
-        int64_t i = 0;
-        for (; i + W <= n; i += W) {
-            for (const int sign : {0, 1}) {
-                __builtin_prefetch(plane.logits[sign] + i + kPrefetch);
-                for (int m = 0; m < Momenta; ++m) __builtin_prefetch(plane.momenta[sign][m] + i + kPrefetch);
-            }
-            move_vector<Momenta>(plane, i, tile, i, rule, before, next, counters);
-        }
-        if (i == n) return;
-        // The last, incomplete vector goes through memory of its own.
-        const int64_t count = n - i;
-        T logits[2][W] = {};
-        float momenta[2][2][W] = {};
-        Plane part{};
-        for (const int sign : {0, 1}) {
-            part.logits[sign] = logits[sign];
-            std::memcpy(logits[sign], plane.logits[sign] + i, count * sizeof(T));
-            for (int m = 0; m < Momenta; ++m) {
-                part.momenta[sign][m] = momenta[sign][m];
-                std::memcpy(momenta[sign][m], plane.momenta[sign][m] + i, count * sizeof(float));
-            }
-        }
-        move_vector<Momenta>(part, 0, tile, i, rule, before, next, counters);
-        for (const int sign : {0, 1}) {
-            std::memcpy(plane.logits[sign] + i, logits[sign], count * sizeof(T));
-            for (int m = 0; m < Momenta; ++m) {
-                std::memcpy(plane.momenta[sign][m] + i, momenta[sign][m], count * sizeof(float));
-            }
-        }
+        const Mover<Momenta, C> mover{rule,
+                                      V::set1(exponent_rate(tile.beta_before)),
+                                      V::set1(exponent_rate(tile.beta_next)),
+                                      before,
+                                      next,
+                                      tile.key,
+                                      {counters[0], counters[1]}};
+        mover.move_plane(plane, tile, n);
     }
 
     template <class X>
