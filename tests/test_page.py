@@ -432,6 +432,7 @@ def test_compare(run, other, tmp_path):
     table = {(part, name): cells for part, name, *cells in rows}
     assert table["results", "seed"] == ["0", "5"] and table["results", "method"] == ["csq", "csq"]
     assert table["results", "file bytes"] == [str(first.report.file_bytes), str(second.report.file_bytes)]
+    assert table["results", "exact-integer loss"] == [f"{run.report.hard_loss:.4f}" for run in (first, second)]
     assert table["results", "exact-integer accuracy"] == [f"{run.report.hard_accuracy:.2%}" for run in (first, second)]
     assert table["recipe", "budget"] == ["3.0 bits", "2.0 bits"] and ("recipe", "batch_size") not in table
     assert table["recipe", "quantization.rules.head"] == ["", "none"]

@@ -46,6 +46,10 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
+def _nats(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
 def _results(run: Results) -> dict[str, str]:
     report, scheme = run.report, run.report.scheme
     budget = "" if scheme is None else scheme.asked
@@ -58,6 +62,9 @@ def _results(run: Results) -> dict[str, str]:
         "float accuracy": _percent(report.float_accuracy),
         "soft accuracy": _percent(report.soft_accuracy),
         "exact-integer accuracy": _percent(run.hard_accuracy),
+        "float loss": _nats(report.float_loss),
+        "soft loss": _nats(report.soft_loss),
+        "exact-integer loss": _nats(None if report.method == "float" else report.hard_loss),
         "budget": budget,
         "stored bits": "" if scheme is None else f"{scheme.stored_bits:.4g}",
         "paper bits": "" if scheme is None else f"{scheme.paper_bits:.4g}",

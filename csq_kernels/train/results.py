@@ -77,6 +77,9 @@ class Report(_Part):
     float_accuracy: float | None = None
     soft_accuracy: float | None = None
     hard_accuracy: float | None = None
+    float_loss: float | None = None
+    soft_loss: float | None = None
+    hard_loss: float | None = None
     file_bytes: int | None = Field(default=None, gt=0)
     scheme: Scheme | None = None
 
