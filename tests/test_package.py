@@ -28,6 +28,7 @@ RANKS = [
     {"reference", "reference_step", "backends"},
     {"functional"},
     {"nn"},
+    {"workload"},
     {"budget", "optim", "report", "packed", "packed_header"},
     {"search"},
     {"train", "commands", "cli", "integrations", "__init__"},
