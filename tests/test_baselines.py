@@ -12,7 +12,7 @@ from csq_kernels.train import baselines
 
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
-from csq_kernels.train import loop, recipe
+from csq_kernels.train import loop, recipe, running
 
 SHORT = ["epochs.float=1", "epochs.search=1", "epochs.finetune=1"]
 
@@ -80,36 +80,36 @@ def test_runs_of_the_baselines(method, tmp_path):
     result = json.loads((tmp_path / "report.json").read_text())
     assert result["method"] == method and result["seed"] == 0 and result["hard_accuracy"] > 0.3
     if method == "float":
-        assert result["hard_accuracy"] == result["float_accuracy"] and not (tmp_path / loop.PACKED).exists()
+        assert result["hard_accuracy"] == result["float_accuracy"] and not (tmp_path / running.PACKED).exists()
         return
     assert result["scheme"]["stored_bits"] <= 4.0
-    assert result["file_bytes"] == (tmp_path / loop.PACKED).stat().st_size
+    assert result["file_bytes"] == (tmp_path / running.PACKED).stat().st_size
 
 
 def test_lsq_resumes_to_the_same_bits(tmp_path):
     chosen = ["method=lsq", "checkpoint.steps=7"]
     whole = loop.train(small(*chosen), tmp_path / "whole")
     broken = tmp_path / "broken"
-    with pytest.raises(loop.TimeUpError):
+    with pytest.raises(running.TimeUpError):
         loop.train(small(*chosen), broken, pause_after=0.0)
     while True:
         try:
             resumed = loop.train(small(*chosen), broken, resume=True, pause_after=0.002)
             break
-        except loop.TimeUpError:
+        except running.TimeUpError:
             pass
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
-    assert (broken / loop.PACKED).read_bytes() == (tmp_path / "whole" / loop.PACKED).read_bytes()
+    assert (broken / running.PACKED).read_bytes() == (tmp_path / "whole" / running.PACKED).read_bytes()
 
 
 def test_start_from_the_float_weights_of_another_run(tmp_path):
     first = loop.train(small("method=float", "epochs.float=3"), tmp_path / "float")
-    for name, init in (("folder", tmp_path / "float"), ("file", tmp_path / "float" / loop.FLOAT)):
+    for name, init in (("folder", tmp_path / "float"), ("file", tmp_path / "float" / running.FLOAT)):
         chosen = small("epochs.float=0", f"init={init}", "distillation={weight: 0.7}", "precision=bfloat16")
         result = loop.train(chosen, tmp_path / name)
         assert result["float_accuracy"] == first["float_accuracy"]
         assert result["scheme"]["budget_met"] is True
-    with pytest.raises(loop.TrainingError, match="expected init with the weights of mlp, got "):
+    with pytest.raises(running.TrainingError, match="expected init with the weights of mlp, got "):
         loop.train(small("epochs.float=0", f"init={tmp_path / 'nothing'}"), tmp_path / "bad")
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("pydantic")
 from typer.testing import CliRunner
 
 from csq_kernels import cli, commands, packed
-from csq_kernels.train import checkpoint, data, display, loop, recipe, runs
+from csq_kernels.train import checkpoint, data, display, loop, recipe, running, runs
 
 SMALL = ["digits_mlp", "epochs.float=1", "epochs.search=1", "epochs.finetune=1", "batch_size=128"]
 
@@ -71,7 +71,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_ends_with_its_packed_file(run):
-    file = run / loop.PACKED
+    file = run / running.PACKED
     size = file.stat().st_size
     report = json.loads((run / "report.json").read_text())
     assert report["file_bytes"] == size and abs(size - report["scheme"]["bytes"]) <= 0.02 * report["scheme"]["bytes"]
@@ -83,19 +83,19 @@ def test_pack_writes_the_same_file(run, tmp_path):
         result = csq("pack", str(source), "--out", str(tmp_path / "file"))
         assert result.exit_code == 0, result.output
         assert "PackedLinear" in result.output and "bytes" in result.output
-        assert (tmp_path / "file").read_bytes() == (run / loop.PACKED).read_bytes()
+        assert (tmp_path / "file").read_bytes() == (run / running.PACKED).read_bytes()
 
 
 def test_inspect(run):
-    result = csq("inspect", str(run / loop.PACKED))
+    result = csq("inspect", str(run / running.PACKED))
     assert result.exit_code == 0 and "hidden1" in result.output
-    content = json.loads(csq("inspect", str(run / loop.PACKED), "--json").stdout)
+    content = json.loads(csq("inspect", str(run / running.PACKED), "--json").stdout)
     assert content["extra"] == {"model": "mlp", "options": {"width": 32}, "sizes": [1, 8, 10], "data": "digits"}
     assert content["version"] == 1 and len(content["packed"]["layers"]) == 3
 
 
 def test_verify(run, tmp_path):
-    file = run / loop.PACKED
+    file = run / running.PACKED
     result = csq("verify", str(file), "--against", str(run))
     assert result.exit_code == 0, result.output
     assert "equal in 3 of 3 layers" in result.output and "400 of 400" in result.output
@@ -108,7 +108,7 @@ def test_verify(run, tmp_path):
 
 
 def test_eval(run):
-    file = str(run / loop.PACKED)
+    file = str(run / running.PACKED)
     accuracy = json.loads((run / "report.json").read_text())["hard_accuracy"]
     every = csq("eval", file)
     assert every.exit_code == 0, every.output
@@ -121,7 +121,7 @@ def test_eval(run):
 
 def test_files_and_runs_that_are_none(run, tmp_path):
     damaged = tmp_path / "damaged"
-    damaged.write_bytes((run / loop.PACKED).read_bytes()[:-1])
+    damaged.write_bytes((run / running.PACKED).read_bytes()[:-1])
     for arguments in (["inspect", damaged], ["eval", damaged], ["verify", damaged, "--against", run]):
         assert_fails(csq(*map(str, arguments)), commands.FAILED, str(damaged))
     assert_fails(csq("inspect", str(tmp_path / "none")), commands.FAILED, "No such file")
@@ -132,8 +132,8 @@ def test_files_and_runs_that_are_none(run, tmp_path):
     assert_fails(csq("pack", str(unfinished), "--out", "file"), commands.USAGE, "expected a finished run")
     assert_fails(csq("pack", str(run), "--out", str(tmp_path / "no" / "folder")), commands.FAILED, "cannot write")
     anonymous, strange = tmp_path / "anonymous", tmp_path / "strange"
-    model = runs.network(packed.inspect(run / loop.PACKED).extra)
-    packed.load_packed(model, run / loop.PACKED)
+    model = runs.network(packed.inspect(run / running.PACKED).extra)
+    packed.load_packed(model, run / running.PACKED)
     packed.save_packed(model, anonymous)
     assert_fails(csq("eval", str(anonymous)), commands.USAGE, "expected a file that says model")
     packed.save_packed(model, strange, {"model": "mlp", "options": {"speed": 3}, "sizes": [1, 8, 10], "data": "digits"})

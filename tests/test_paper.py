@@ -8,7 +8,7 @@ import csq_kernels as csq
 
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
-from csq_kernels.train import loop, recipe
+from csq_kernels.train import loop, recipe, running
 from csq_kernels.train.paper import PaperSearch
 
 OVERRIDES = ["preset=paper", "epochs.float=0", "epochs.search=6", "epochs.finetune=2", "budget=1.0 paper bits"]
@@ -56,7 +56,7 @@ def test_a_missed_budget_is_reported_and_the_run_resumes(tmp_path):
     whole = loop.train(chosen, tmp_path / "whole")
     assert whole["scheme"]["budget_met"] is False and whole["scheme"]["cost"] > 1.0
     stopped = recipe.load("digits_mlp", [*OVERRIDES, "checkpoint.steps=9"])
-    with pytest.raises(loop.TimeUpError):
+    with pytest.raises(running.TimeUpError):
         loop.train(stopped, tmp_path / "broken", pause_after=0.0)
     resumed = loop.train(stopped, tmp_path / "broken", resume=True)
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}

@@ -19,7 +19,7 @@ from test_train import Interrupt, assert_same
 
 import csq_kernels
 from csq_kernels import commands, packed
-from csq_kernels.train import data, loop, models, recipe, runs
+from csq_kernels.train import data, loop, models, recipe, running, runs
 from csq_kernels.train.data import cifar10
 
 SHORT = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "log_every=1", "checkpoint.steps=3"]
@@ -68,7 +68,7 @@ def finished(request, tmp_path_factory):
 def test_report(finished):
     name, _, folder = finished
     report = json.loads((folder / "report.json").read_text())
-    records = [json.loads(line) for line in (folder / loop.METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / running.METRICS).read_text().splitlines()]
     steps = 6 * SMALL[name][2]
     assert records[-1]["iteration"] == steps and report["scheme"]["budget_met"]
     tested = [record for record in records if "test_loss" in record]
@@ -95,7 +95,7 @@ def test_pack_verify_and_eval(finished, tmp_path):
     file = tmp_path / "packed"
     result = csq("pack", str(folder), "--out", str(file))
     assert result.exit_code == 0, result.output
-    assert file.read_bytes() == (folder / loop.PACKED).read_bytes()
+    assert file.read_bytes() == (folder / running.PACKED).read_bytes()
     result = csq("verify", str(file), "--against", str(folder))
     assert result.exit_code == 0, result.output
     if SMALL[name][3]:
@@ -136,7 +136,7 @@ def language_run(tmp_path_factory):
 def test_a_network_for_text_keeps_its_vocabulary(language_run, tmp_path):
     """On another text, it reads the characters that it knows as it has learnt them."""
     root = language_run
-    file = root / "run" / loop.PACKED
+    file = root / "run" / running.PACKED
     extra = packed.inspect(file).extra
     assert extra["data_options"] == {"size": 16, "vocabulary": " abehilnoqrstuw"} and extra["sizes"] == [1, 16, 16]
     other = tmp_path / "other"
@@ -166,7 +166,7 @@ def test_a_network_for_text_keeps_its_vocabulary(language_run, tmp_path):
 )
 def test_descriptions_that_do_not_fit(language_run, tmp_path, change, parts):
     root = language_run
-    file, forged = root / "run" / loop.PACKED, tmp_path / "forged"
+    file, forged = root / "run" / running.PACKED, tmp_path / "forged"
     extra = packed.inspect(file).extra
     model = runs.network(extra)
     packed.load_packed(model, file)

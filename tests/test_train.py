@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-from csq_kernels.train import checkpoint, loop, measure, models, recipe, results, runs, sweep
+from csq_kernels.train import checkpoint, loop, measure, models, phase, recipe, results, running, runs, sweep, timing
 
 SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
 
@@ -29,7 +29,7 @@ def small(*overrides: str) -> recipe.Recipe:
 def outcome(folder: Path) -> tuple[dict, list[dict], dict]:
     """What must not depend on interruptions: the report, the metrics and every tensor of the final model."""
     report = json.loads((folder / "report.json").read_text())
-    records = [json.loads(line) for line in (folder / loop.METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / running.METRICS).read_text().splitlines()]
     for content in (report, *records):
         del content["seconds"]
     return report, records, checkpoint.load(folder)["model"]
@@ -61,7 +61,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-class Interrupt(loop.Display):
+class Interrupt(running.Display):
     """Ends a run at an iteration, between two checkpoints, as abruptly as an exception can."""
 
     def __init__(self, iteration: int):
@@ -115,7 +115,7 @@ def test_resume_after_two_real_kills(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def lines() -> int:
-        path = broken / loop.METRICS
+        path = broken / running.METRICS
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     for kill_after, extra in ((20, []), (55, ["--resume"])):
@@ -129,13 +129,13 @@ def test_resume_after_two_real_kills(tmp_path):
 
 
 def test_pause_after_stops_with_a_checkpoint(finished, tmp_path):
-    with pytest.raises(loop.TimeUpError, match="after step 1 of 20 of the float phase"):
+    with pytest.raises(running.TimeUpError, match="after step 1 of 20 of the float phase"):
         loop.train(small("data.crop=1"), tmp_path, pause_after=0.0)
     loop.train(small("data.crop=1"), tmp_path, resume=True)
     assert_same(finished, tmp_path)
 
 
-class Notes(loop.Display):
+class Notes(running.Display):
     def __init__(self):
         self.notes = []
 
@@ -144,7 +144,7 @@ class Notes(loop.Display):
 
 
 def test_max_minutes_ends_in_time_with_a_whole_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_TIMED_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "_TIMED_SECONDS", 0.1)
     notes, minutes = Notes(), 0.2
     started = time.monotonic()
     long = [f"epochs.{stage}=2000" for stage in ("float", "search", "finetune")]
@@ -157,14 +157,14 @@ def test_max_minutes_ends_in_time_with_a_whole_model(tmp_path, monkeypatch):
 
 
 def test_max_minutes_changes_nothing_where_time_is_plenty(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_TIMED_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "_TIMED_SECONDS", 0.1)
     loop.train(small("data.crop=1"), tmp_path, max_minutes=10.0)
     assert_same(finished, tmp_path)
 
 
 def test_out_of_time_in_the_search_the_scheme_is_fixed_at_once(tmp_path, monkeypatch):
     """Steps that take far longer than they did when they were timed."""
-    monkeypatch.setattr(loop, "_fit_into_time", lambda run, shorten: setattr(run, "seconds_to_finish", 0.0))
+    monkeypatch.setattr(loop, "fit_into_time", lambda run, shorten: setattr(run, "seconds_to_finish", 0.0))
     overrides = ["epochs.float=1", "epochs.search=100000", "epochs.finetune=1"]
     notes = Notes()
     result = loop.train(recipe.load("digits_mlp", overrides), tmp_path, max_minutes=0.05, display=notes)
@@ -182,7 +182,7 @@ def test_a_sweep_meets_each_budget_from_one_search(finished, tmp_path):
     before = (folder / "sweep" / "2.5-bits" / "report.json").stat().st_mtime_ns
     assert sweep.sweep(folder, ["2.5 bits"], epochs=1) == rows[:1]
     assert (folder / "sweep" / "2.5-bits" / "report.json").stat().st_mtime_ns == before
-    with pytest.raises(loop.TrainingError, match="expected search_from with a search of mlp, got "):
+    with pytest.raises(running.TrainingError, match="expected search_from with a search of mlp, got "):
         loop.train(small(f"search_from={tmp_path / 'nowhere'}"), tmp_path / "bad")
 
 
@@ -226,7 +226,7 @@ def test_no_workload_is_counted_where_no_budget_needs_it(finished):
 
 def test_a_budget_of_work_out_of_reach_is_known_before_training(tmp_path):
     with pytest.raises(
-        loop.TrainingError, match="expected budget of at least .* MBOPs for this model, got 0.001 MBOPs"
+        running.TrainingError, match="expected budget of at least .* MBOPs for this model, got 0.001 MBOPs"
     ):
         loop.train(small("budget=0.001 MBOPs"), tmp_path)
 
@@ -239,12 +239,12 @@ def test_resume_of_a_finished_run_changes_nothing(finished):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished):
-    with pytest.raises(loop.TrainingError, match="--resume"):
+    with pytest.raises(running.TrainingError, match="--resume"):
         loop.train(small(), finished)
 
 
 def test_resume_with_another_recipe_names_the_difference(finished):
-    with pytest.raises(loop.TrainingError, match="optimizer.lr=0.05"):
+    with pytest.raises(running.TrainingError, match="optimizer.lr=0.05"):
         loop.train(small("data.crop=1", "optimizer.lr=0.05"), finished, resume=True)
 
 
@@ -252,7 +252,7 @@ def test_half_written_metrics_are_dropped(finished, tmp_path):
     chosen = small("data.crop=1", "checkpoint.steps=3")
     with pytest.raises(KeyboardInterrupt):
         loop.train(chosen, tmp_path, display=Interrupt(30))
-    with open(tmp_path / loop.METRICS, "a") as metrics:
+    with open(tmp_path / running.METRICS, "a") as metrics:
         metrics.write('{"iteration": 3')
     loop.train(chosen, tmp_path, resume=True)
     assert_same(finished, tmp_path)
@@ -286,28 +286,28 @@ def test_options_train_to_a_met_budget(tmp_path, overrides):
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
-    with pytest.raises(loop.TrainingError, match="not finite.*lower optimizer.lr"):
+    with pytest.raises(running.TrainingError, match="not finite.*lower optimizer.lr"):
         loop.train(small("optimizer.lr=1.0e+30"), tmp_path)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(loop.TrainingError, match="batch_size of at most 1397, got 5000"):
+    with pytest.raises(running.TrainingError, match="batch_size of at most 1397, got 5000"):
         loop.train(small("batch_size=5000"), tmp_path)
 
 
 def test_an_impossible_device_is_refused(tmp_path):
-    with pytest.raises(loop.TrainingError, match="expected device"):
+    with pytest.raises(running.TrainingError, match="expected device"):
         loop.train(small(), tmp_path, device="abacus")
 
 
 @pytest.mark.parametrize("name", ["cosine", "onecycle", "constant"])
 def test_lr_factor(name):
-    factors = [loop.lr_factor(name, step, 100, 0.2) for step in range(100)]
+    factors = [phase.lr_factor(name, step, 100, 0.2) for step in range(100)]
     rise = factors[:21]
     assert rise == sorted(rise) and rise[0] < 0.06 and factors[20] == 1.0
     assert factors[20:] == sorted(factors[20:], reverse=True)
     assert factors[-1] == 1.0 if name == "constant" else 0 < factors[-1] < 0.001
-    assert loop.lr_factor(name, 0, 1, 0.0) == 1.0
+    assert phase.lr_factor(name, 0, 1, 0.0) == 1.0
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS.keys() - {"char_gpt"}))

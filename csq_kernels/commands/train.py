@@ -23,18 +23,18 @@ def _free_folder(name: str) -> Path:
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Turn what can go wrong in training into one line and an exit code."""
-    from csq_kernels.train import checkpoint, data, loop
+    from csq_kernels.train import checkpoint, data, running
     from csq_kernels.train import recipe as recipes
 
     try:
         yield
-    except (recipes.RecipeError, loop.TrainingError, data.DataNotFoundError, data.DataError) as error:
+    except (recipes.RecipeError, running.TrainingError, data.DataNotFoundError, data.DataError) as error:
         raise fail(str(error), USAGE) from None
     except checkpoint.CheckpointError as error:
         raise fail(str(error), FAILED) from None
     except OSError as error:
         raise fail(f"cannot write to {folder}: {error}; its last checkpoint stands", FAILED) from None
-    except loop.TimeUpError as error:
+    except running.TimeUpError as error:
         print(f"{error}; go on with --out {folder} --resume")
         raise typer.Exit(TIME_UP) from None
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from csq_kernels.train.loop import Display
+from csq_kernels.train.running import Display
 
 # Without a terminal, a line at the end of every epoch, and at least this often in long ones.
 _SECONDS_BETWEEN_LINES = 10.0

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from csq_kernels.train.loop import METRICS
+from csq_kernels.train.running import METRICS
 from csq_kernels.train.runs import RunError
 
 REPORT, RECIPE, ENVIRONMENT = "report.json", "recipe.yaml", "environment.json"

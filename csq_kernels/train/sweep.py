@@ -9,7 +9,7 @@ from typing import Any
 
 from csq_kernels import table
 from csq_kernels.files import write_atomically
-from csq_kernels.train import checkpoint, loop
+from csq_kernels.train import checkpoint, loop, running
 from csq_kernels.train import recipe as recipes
 
 _COLUMNS = ("budget", "stored_bits", "file_bytes", "float_accuracy", "hard_accuracy", "seconds")
@@ -39,7 +39,7 @@ def sweep(
     *,
     epochs: int | None = None,
     device: str = "cpu",
-    display: loop.Display | None = None,
+    display: running.Display | None = None,
 ) -> list[dict[str, Any]]:
     """Train the run in ``folder`` for each budget, in ``folder/sweep/BUDGET``, and write ``folder/sweep.csv``.
 
@@ -58,7 +58,7 @@ def sweep(
     Raises:
         As ``loop.train``.
     """
-    display = display or loop.Display()
+    display = display or running.Display()
     rows = []
     for budget in budgets:
         chosen = recipe_for(folder, budget, epochs)
