@@ -4,14 +4,15 @@ The caller has checked the arguments. The planes of a linear layer are tiles of 
 at each call. ``high`` is served as ``exact``. An input that is not finite gives NaN.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csq_kernels import _native, reference
-from csq_kernels.backends import gpu_planes
+from csq_kernels import _native
+from csq_kernels.backends import gpu_planes, gpu_products
 from csq_kernels.backends.gpu_planes import tile as bitserial_linear_tile
 from csq_kernels.backends.gpu_planes import untile as bitserial_linear_untile
 from csq_kernels.backends.layout import DTYPES, weight_layout
@@ -63,83 +64,40 @@ def _prepared(input: Tensor, arithmetic: str) -> tuple[Tensor, Tensor | None]:
     return values if values.data_ptr() % 16 == 0 else values.clone(), None
 
 
-def bitserial_linear(
+def _multiply(
     input: Tensor,
-    planes: Tensor,
+    tiles: Tensor,
     step: Tensor,
     bias: Tensor | None,
     coefficients: Sequence[int],
     weight_shape: Sequence[int],
     precision: str,
-) -> Tensor:
-    """``input @ W.T + bias``; as ``reference.bitserial_linear``, which serves float64."""
-    rows, columns = weight_shape
-    if input.dtype not in DTYPES:
-        canonical = planes if planes.ndim == 2 else gpu_planes.untile(planes, coefficients, weight_shape)
-        return reference.bitserial_linear(input, canonical, step, bias, coefficients, weight_shape, precision)
-    output = input.new_empty((*input.shape[:-1], rows))
-    if output.numel() == 0:
-        return output
-    if columns == 0 or not coefficients:
-        return output.zero_() if bias is None else output.copy_(bias)
-    with torch.cuda.device(input.device):
-        tiles = planes if planes.ndim > 2 else gpu_planes.tile(planes, coefficients, weight_shape)
-        flat = input.reshape(-1, columns).contiguous()
-        batch = flat.shape[0]
-        if precision != "int8" and gpu_planes.expands(batch, input.dtype, PASSES):
-
-            def codes(dtype: torch.dtype) -> Tensor:
-                return _decode(tiles, None, coefficients, weight_shape, 0, dtype)
-
-            return gpu_planes.expanded_linear(flat, codes, step, bias, coefficients).view(output.shape)
-        arithmetic = "int8" if precision == "int8" else "float32" if input.dtype == torch.float32 else "float16"
-        values, steps = _prepared(flat, arithmetic)
-        groups = _groups(coefficients)
-        partial = input.new_empty((batch, rows), dtype=torch.float32) if len(groups) > 1 else None
-        step_values, bias_values = step.contiguous(), None if bias is None else bias.contiguous()
-        _C.cuda_bitserial_linear(
-            tiles.data_ptr(),
-            values.data_ptr(),
-            _address(steps),
-            step_values.data_ptr(),
-            _address(bias_values),
-            _address(partial),
-            output.data_ptr(),
-            batch,
-            rows,
-            values.shape[1] // gpu_planes.COLUMNS,
-            len(coefficients),
-            groups,
-            arithmetic,
-            DTYPES[input.dtype],
-            step.ndim == 1,
-            torch.cuda.current_stream().cuda_stream,
-        )
-    return output
-
-
-def bitserial_conv2d(
-    input: Tensor,
-    planes: Tensor,
-    step: Tensor,
-    bias: Tensor | None,
-    coefficients: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    precision: str,
-) -> Tensor:
-    """Makes the weight, then convolves; as ``reference.bitserial_conv2d``, which serves float64."""
-    options = (stride, padding, dilation, groups)
-    if input.dtype not in DTYPES:
-        return reference.bitserial_conv2d(input, planes, step, bias, coefficients, weight_shape, *options, precision)
-
-    def codes(dtype: torch.dtype) -> Tensor:
-        return _decode(planes, None, coefficients, weight_shape, 0, dtype)
-
-    return gpu_planes.conv2d(input, codes, step, bias, coefficients, weight_shape, options, precision)
+    output: Tensor,
+) -> None:
+    batch, rows = input.shape[0], weight_shape[0]
+    arithmetic = "int8" if precision == "int8" else "float32" if input.dtype == torch.float32 else "float16"
+    values, steps = _prepared(input, arithmetic)
+    groups = _groups(coefficients)
+    partial = input.new_empty((batch, rows), dtype=torch.float32) if len(groups) > 1 else None
+    step_values, bias_values = step.contiguous(), None if bias is None else bias.contiguous()
+    _C.cuda_bitserial_linear(
+        tiles.data_ptr(),
+        values.data_ptr(),
+        _address(steps),
+        step_values.data_ptr(),
+        _address(bias_values),
+        _address(partial),
+        output.data_ptr(),
+        batch,
+        rows,
+        values.shape[1] // gpu_planes.COLUMNS,
+        len(coefficients),
+        groups,
+        arithmetic,
+        DTYPES[input.dtype],
+        step.ndim == 1,
+        torch.cuda.current_stream().cuda_stream,
+    )
 
 
 def bitserial_weight(
@@ -183,3 +141,7 @@ def _decode(
             torch.cuda.current_stream().cuda_stream,
         )
     return weight
+
+
+bitserial_linear = functools.partial(gpu_products.linear, _decode, _multiply, PASSES)
+bitserial_conv2d = functools.partial(gpu_products.conv2d, _decode)

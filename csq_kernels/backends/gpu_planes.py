@@ -1,4 +1,4 @@
-"""The order in which the GPU kernels read planes, and the shapes for which they read them at all.
+"""The order in which the GPU kernels read planes.
 
 A tile holds 32 rows and 128 columns of the weight; tiles follow each other by column, then by row. It serves one warp,
 whose lane ``l = 4 g + t`` owns 4 rows and one block of 32 columns::
@@ -23,13 +23,13 @@ inverted, so that a group is an unsigned number, less an offset. Rows and column
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from csq_kernels import bitplanes, reference
+from csq_kernels import bitplanes
 
 ROWS, COLUMNS = 32, 128
 PLANE_BYTES = ROWS * COLUMNS // 8
@@ -122,13 +122,6 @@ def padded_columns(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-def expands(batch: int, dtype: torch.dtype, most: int) -> bool:
-    """Whether a product of so many input rows makes the weight's floats once: from where more than ``most`` passes over
-    the planes cost more than that and a product of floats. In float32 a pass takes four times as long.
-    """
-    return batch > PASS_ROWS * most // (4 if dtype == torch.float32 else 1)
-
-
 def largest_code(coefficients: Sequence[int]) -> int:
     """Bound of the magnitude of the codes."""
     return max(sum(k for k in coefficients if k > 0), -sum(k for k in coefficients if k < 0))
@@ -137,50 +130,3 @@ def largest_code(coefficients: Sequence[int]) -> int:
 def exact_in(dtype: torch.dtype, coefficients: Sequence[int]) -> bool:
     """Whether every code is a number of this dtype."""
     return largest_code(coefficients) * torch.finfo(dtype).eps <= 2
-
-
-def expanded_linear(
-    input: Tensor,
-    codes: Callable[[torch.dtype], Tensor],
-    step: Tensor,
-    bias: Tensor | None,
-    coefficients: Sequence[int],
-) -> Tensor:
-    """The product with the codes in the dtype of ``input``, if they are exact there, summed in float32; step, bias."""
-    if input.dtype == torch.float32 or not exact_in(input.dtype, coefficients):
-        product = input.float() @ codes(torch.float32).T
-    else:
-        product = torch.mm(input, codes(input.dtype).T, out_dtype=torch.float32)
-    product *= step
-    if bias is not None:
-        product += bias
-    return product.to(input.dtype)
-
-
-def conv2d(
-    input: Tensor,
-    codes: Callable[[torch.dtype], Tensor],
-    step: Tensor,
-    bias: Tensor | None,
-    coefficients: Sequence[int],
-    weight_shape: Sequence[int],
-    options: tuple[Sequence[int], Sequence[int], Sequence[int], int],
-    precision: str,
-) -> Tensor:
-    """The convolution with the codes; they are integers, times a power of two where halves might overflow."""
-    values, sample_step = input, None
-    if precision == "int8" and not reference.always_exact(weight_shape, options[3]):
-        values, sample_step = reference.quantize(input.float().flatten(1), reference.ELEMENT_LIMIT[precision])
-        values, sample_step = values.view(input.shape), sample_step.view(-1, 1, 1, 1)
-    elif not exact_in(input.dtype, coefficients):
-        values = input.float()
-    exponent = largest_code(coefficients).bit_length() if values.dtype != torch.float32 else 0
-    stride, padding, dilation, count = options
-    weight = codes(values.dtype) * 2.0**-exponent
-    product = torch.nn.functional.conv2d(values, weight, None, stride, padding, dilation, count).float()
-    product *= reference.along_channel(step * 2.0**exponent, 3, 0)
-    if sample_step is not None:
-        product *= sample_step
-    if bias is not None:
-        product += bias[:, None, None]
-    return product.to(input.dtype)

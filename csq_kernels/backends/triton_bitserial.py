@@ -4,6 +4,7 @@ Words of planes become words of bytes by shifts and selects, and only then one e
 operand with the rows of the product, so that what was unpacked can stay in registers. ``high`` is served as ``exact``.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csq_kernels import reference
-from csq_kernels.backends import gpu_planes
+from csq_kernels.backends import gpu_planes, gpu_products
 from csq_kernels.backends.gpu_planes import tile as bitserial_linear_tile
 from csq_kernels.backends.gpu_planes import untile as bitserial_linear_untile
 from csq_kernels.backends.layout import DTYPES, weight_layout
@@ -266,86 +266,43 @@ def _quantized(input: Tensor) -> tuple[Tensor, Tensor]:
     return values, steps
 
 
-def bitserial_linear(
+def _multiply(
     input: Tensor,
-    planes: Tensor,
+    tiles: Tensor,
     step: Tensor,
     bias: Tensor | None,
     coefficients: Sequence[int],
     weight_shape: Sequence[int],
     precision: str,
-) -> Tensor:
-    """``input @ W.T + bias``; as ``reference.bitserial_linear``, which serves float64."""
-    rows, columns = weight_shape
-    if input.dtype not in DTYPES:
-        canonical = planes if planes.ndim == 2 else gpu_planes.untile(planes, coefficients, weight_shape)
-        return reference.bitserial_linear(input, canonical, step, bias, coefficients, weight_shape, precision)
-    output = input.new_empty((*input.shape[:-1], rows))
-    if output.numel() == 0:
-        return output
-    if columns == 0 or not coefficients:
-        return output.zero_() if bias is None else output.copy_(bias)
-    tiles = planes if planes.ndim > 2 else gpu_planes.tile(planes, coefficients, weight_shape)
-    flat = input.reshape(-1, columns).contiguous()
-    batch = flat.shape[0]
+    output: Tensor,
+) -> None:
+    batch, rows = input.shape[0], weight_shape[0]
     quantized = precision == "int8"
-    if not quantized and gpu_planes.expands(batch, input.dtype, PASSES):
-
-        def codes(dtype: torch.dtype) -> Tensor:
-            return _decode(tiles, None, coefficients, weight_shape, 0, dtype)
-
-        return gpu_planes.expanded_linear(flat, codes, step, bias, coefficients).view(output.shape)
     arithmetic = torch.float16 if quantized else input.dtype
     if not gpu_planes.exact_in(arithmetic, coefficients):
         arithmetic = torch.float32
     height, width = block_shape(batch, arithmetic, quantized)
-    with torch.cuda.device_of(input):
-        values, steps = _quantized(flat) if quantized else (flat, step)
-        bitserial_linear_kernel[(triton.cdiv(rows, height), triton.cdiv(batch, width))](
-            values,
-            steps,
-            tiles.view(torch.int32),
-            step,
-            step if bias is None else bias,
-            output,
-            batch,
-            rows,
-            values.shape[1],
-            tiles.shape[1],
-            _offset(coefficients),
-            step.stride(0) if step.ndim == 1 else 0,
-            **_tile_constants(coefficients),
-            ARITHMETIC=getattr(tl, DTYPES[arithmetic]),
-            QUANTIZED=quantized,
-            BIAS=bias is not None,
-            BN=height,
-            BM=width,
-        )
-    return output
-
-
-def bitserial_conv2d(
-    input: Tensor,
-    planes: Tensor,
-    step: Tensor,
-    bias: Tensor | None,
-    coefficients: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    precision: str,
-) -> Tensor:
-    """Makes the weight, then convolves; as ``reference.bitserial_conv2d``, which serves float64."""
-    options = (stride, padding, dilation, groups)
-    if input.dtype not in DTYPES:
-        return reference.bitserial_conv2d(input, planes, step, bias, coefficients, weight_shape, *options, precision)
-
-    def codes(dtype: torch.dtype) -> Tensor:
-        return _decode(planes, None, coefficients, weight_shape, 0, dtype)
-
-    return gpu_planes.conv2d(input, codes, step, bias, coefficients, weight_shape, options, precision)
+    values, steps = _quantized(input) if quantized else (input, step)
+    bitserial_linear_kernel[(triton.cdiv(rows, height), triton.cdiv(batch, width))](
+        values,
+        steps,
+        tiles.view(torch.int32),
+        step,
+        step if bias is None else bias,
+        output,
+        batch,
+        rows,
+        values.shape[1],
+        tiles.shape[1],
+        _offset(coefficients),
+        step.stride(0) if step.ndim == 1 else 0,
+        **_tile_constants(coefficients),
+        ARITHMETIC=getattr(tl, DTYPES[arithmetic]),
+        QUANTIZED=quantized,
+        BIAS=bias is not None,
+        BN=height,
+        BM=width,
+    )
 
 
 def bitserial_weight(
@@ -404,3 +361,7 @@ def _decode(
                 BW=WEIGHTS,
             )
     return weight
+
+
+bitserial_linear = functools.partial(gpu_products.linear, _decode, _multiply, PASSES)
+bitserial_conv2d = functools.partial(gpu_products.conv2d, _decode)
