@@ -11,7 +11,7 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csq_kernels as csq
-from csq_kernels.files import write_atomically
+from csq_kernels.files import remove_left_over, write_atomically
 from csq_kernels.nn import CSQLayer
 from csq_kernels.train import baselines, checkpoint, data, measure, models, runs
 from csq_kernels.train.paper import PaperSearch
@@ -239,7 +239,7 @@ class _Run:
 
     def save_searched(self) -> None:
         state = {"model": self.model.state_dict(), "recipe": self.recipe.dump(), "results": self.results}
-        write_atomically(self.out / SEARCHED, lambda file: torch.save(state, file))
+        checkpoint.write(self.out / SEARCHED, state)
 
     def save(self, phase: str, step: int, optimizer=None, search=None, window: Tensor | None = None) -> None:
         rng = [torch.get_rng_state()]
@@ -428,6 +428,8 @@ def _train_phase(
             late = run.clock.seconds_left() < run.seconds_to_finish
             pause |= late and phase == "float" and done < total
             if pause or done == total or run.clock.save_is_due(recipe.checkpoint, done):
+                _check_finite("loss is", [window], done, phase)
+                _check_finite("weights are", model.parameters(), done, phase)
                 os.fsync(metrics.fileno())
                 run.save(phase, done, optimizer, search, window)
             if pause:
@@ -452,12 +454,17 @@ def _measured(run: _Run, model: nn.Module) -> dict[str, Any]:
     return measure.measure(model, batches, lambda hard: runs.evaluate(hard, run.dataset).accuracy)
 
 
-def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
-    loss, correct, samples = window.tolist()
-    if not math.isfinite(loss):
+def _check_finite(what: str, values: Iterable[Tensor], done: int, phase: str) -> None:
+    """Raise ``TrainingError`` where neither a line of metrics nor a checkpoint would be worth keeping."""
+    if not all(value.isfinite().all() for value in values):
         raise TrainingError(
-            f"the loss is not finite at step {done} of the {phase} phase; lower optimizer.lr or set clip_grad_norm"
+            f"the {what} not finite at step {done} of the {phase} phase; lower optimizer.lr or set clip_grad_norm"
         )
+
+
+def _record(run: _Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
+    _check_finite("loss is", [window], done, phase)
+    loss, correct, samples = window.tolist()
     before = 0 if phase == "float" else run.steps.float_
     record = {
         "iteration": before + done,
@@ -582,7 +589,7 @@ def train(
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     state = checkpoint.load(out) if resume else None
-    if state is None and (out / checkpoint.NAME).exists():
+    if state is None and checkpoint.exists(out):
         raise TrainingError(
             f"expected a new folder, got {out} with a run; go on with it with --resume, or choose another"
         )
@@ -608,6 +615,7 @@ def train(
     if max_minutes is not None:
         _fit_into_time(run, shorten=state is None)
     out.mkdir(parents=True, exist_ok=True)
+    remove_left_over(out)
     _write_text(out / "recipe.yaml", recipe.to_yaml())
     _write_text(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
     done_before = 0

@@ -71,7 +71,10 @@ def run(minutes: float, show: bool = True) -> tuple[int, list[Sample]]:
         seconds = time.monotonic() - started
         samples.append(Sample(seconds, resident_bytes(), len(os.listdir("/proc/self/fd"))))
         if show:
-            print(f"{seconds:6.0f} s, {steps:,} steps, {samples[-1].resident:,} bytes, {samples[-1].files} files", flush=True)
+            print(
+                f"{seconds:6.0f} s, {steps:,} steps, {samples[-1].resident:,} bytes, {samples[-1].files} files",
+                flush=True,
+            )
     return steps, [sample for sample in samples if sample.seconds > WARM_UP * samples[-1].seconds]
 
 
