@@ -5,6 +5,4 @@ import ctypes
 _current, _main = ctypes.pythonapi.PyInterpreterState_Get, ctypes.pythonapi.PyInterpreterState_Main
 _current.restype = _main.restype = ctypes.c_void_p
 if _current() != _main():
-    raise ImportError(
-        "csq_kernels needs the main interpreter, since torch does: import it there, or in another process"
-    )
+    raise ImportError("expected the main interpreter, which torch needs, got a sub-interpreter: use a process instead")

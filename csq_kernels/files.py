@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove what processes that were killed in ``write_atomically`` left in ``folder``, where no other may be writing."""
+    """Remove what processes killed in ``write_atomically`` left in ``folder``, where no other may be writing."""
     for path in folder.glob(f"*.{'[0-9a-f]' * 12}.tmp"):
         path.unlink(missing_ok=True)
 
