@@ -5,7 +5,7 @@ Importing the package touches no GPU and no network.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from csq_kernels import functional, optim
+from csq_kernels import _interpreter, functional, optim  # noqa: F401
 from csq_kernels._native import info
 from csq_kernels.budget import Budget
 from csq_kernels.nn import (

@@ -2,12 +2,17 @@
 
 import importlib
 import importlib.metadata
+import os
 import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch  # first: its libgomp is then the one that _C finds, and the process has one thread pool
+
+# The threads of an OpenMP pool do not survive a fork, and a child that waits for them hangs. Data loaders do the same.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 module: types.ModuleType | None = None
 reason: str | None = None

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove what processes killed in ``write_atomically`` left in ``folder``, where no other may be writing."""
+    for path in folder.glob(f"*.{'[0-9a-f]' * 12}.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary file next to ``path`` and put it in place once it is safely on the disk.
 

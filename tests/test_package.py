@@ -23,7 +23,7 @@ PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"bitplanes", "_native", "files", "step", "table"},
+    {"bitplanes", "_interpreter", "_native", "files", "step", "table"},
     {"_ops"},
     {"reference", "reference_step", "backends"},
     {"functional"},

@@ -20,9 +20,17 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
+def _stands(folder: Path) -> str:
+    from csq_kernels.train import checkpoint
+
+    return f"; the last checkpoint in {folder} stands" if checkpoint.exists(folder) else ""
+
+
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Turn what can go wrong in training into one line and an exit code."""
+    import torch
+
     from csq_kernels.train import checkpoint, data, running
     from csq_kernels.train import recipe as recipes
 
@@ -33,7 +41,13 @@ def _explained(folder: Path) -> Iterator[None]:
     except checkpoint.CheckpointError as error:
         raise fail(str(error), FAILED) from None
     except OSError as error:
-        raise fail(f"cannot write to {folder}: {error}; its last checkpoint stands", FAILED) from None
+        raise fail(f"cannot write to {folder}: {error}{_stands(folder)}", FAILED) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch has an exception of its own for devices only.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["of the process"])[0]
+        raise fail(f"out of memory: {reason}; lower batch_size or data.workers{_stands(folder)}", FAILED) from None
     except running.TimeUpError as error:
         print(f"{error}; go on with --out {folder} --resume")
         raise typer.Exit(TIME_UP) from None
@@ -109,7 +123,7 @@ def _write_page(folder: Path, against: Sequence[Path] = ()) -> str:
 
         others = [results.read(other) for other in against]
         return f": {', '.join(path.name for path in page.write(results.read(folder), others))}"
-    except (ImportError, runs.RunError) as error:
+    except (ImportError, OSError, runs.RunError) as error:
         return f" (no report.html: {error})"
 
 

@@ -18,6 +18,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and says what still stands."""
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint in ``folder``: one to go on from, and not to be overwritten."""
+    # Killed between the two renames of save, there is the previous one alone.
+    return (folder / NAME).exists() or (folder / PREVIOUS).exists()
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``folder/checkpoint.pt``; the checkpoint that stood there becomes ``checkpoint.prev``.
 
@@ -27,15 +33,25 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     path = folder / NAME
     temporary = path.with_name(NAME + ".new")
     try:
-        write_atomically(temporary, lambda file: torch.save({"version": VERSION, **state}, file))
+        write(temporary, {"version": VERSION, **state})
         if path.exists():
             os.replace(path, folder / PREVIOUS)
         os.replace(temporary, path)
-    # torch.save reports a failed write of its archive as RuntimeError, with the OSError as context or lost.
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         kept = f"; the checkpoint before it is intact: {path}" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error}{kept}") from error
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values to ``path``, whole or not at all. Raises ``OSError``."""
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:
+        # torch.save reports a failed write of its archive so, with the OSError as context or lost.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def load(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import csq_kernels as csq
-from csq_kernels.files import write_atomically
+from csq_kernels.files import remove_left_over, write_atomically
 from csq_kernels.train import checkpoint, models, runs
 from csq_kernels.train.methods import check_quantization, train_baseline, train_csq
 from csq_kernels.train.phase import optimizer_for, train_phase
@@ -120,7 +120,7 @@ def train(
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     state = checkpoint.load(out) if resume else None
-    if state is None and (out / checkpoint.NAME).exists():
+    if state is None and checkpoint.exists(out):
         raise TrainingError(
             f"expected a new folder, got {out} with a run; go on with it with --resume, or choose another"
         )
@@ -146,6 +146,7 @@ def train(
     if max_minutes is not None:
         fit_into_time(run, shorten=state is None)
     out.mkdir(parents=True, exist_ok=True)
+    remove_left_over(out)
     write_text(out / "recipe.yaml", recipe.to_yaml())
     write_text(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
     done_before = 0

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,6 +164,8 @@ def train_phase(
             late = run.clock.seconds_left() < run.seconds_to_finish
             pause |= late and phase == "float" and done < total
             if pause or done == total or run.clock.save_is_due(recipe.checkpoint, done):
+                _check_finite("loss is", [window], done, phase)
+                _check_finite("weights are", model.parameters(), done, phase)
                 os.fsync(metrics.fileno())
                 run.save(phase, done, optimizer, search, window)
             if pause:
@@ -182,12 +184,17 @@ def _stage_steps(stage: str, search, total: int) -> tuple[int, int]:
     return (0, total) if search is None else (search.search_steps, total)
 
 
-def _record(run: Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
-    loss, correct, samples = window.tolist()
-    if not math.isfinite(loss):
+def _check_finite(what: str, values: Iterable[Tensor], done: int, phase: str) -> None:
+    """Raise ``TrainingError`` where neither a line of metrics nor a checkpoint would be worth keeping."""
+    if not all(value.isfinite().all() for value in values):
         raise TrainingError(
-            f"the loss is not finite at step {done} of the {phase} phase; lower optimizer.lr or set clip_grad_norm"
+            f"the {what} not finite at step {done} of the {phase} phase; lower optimizer.lr or set clip_grad_norm"
         )
+
+
+def _record(run: Run, phase: str, stage: str, done: int, window: Tensor, factor: float, search) -> dict[str, Any]:
+    _check_finite("loss is", [window], done, phase)
+    loss, correct, samples = window.tolist()
     before = 0 if phase == "float" else run.steps.float_
     record = {
         "iteration": before + done,

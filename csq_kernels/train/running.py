@@ -184,7 +184,7 @@ class Run:
 
     def save_searched(self) -> None:
         state = {"model": self.model.state_dict(), "recipe": self.recipe.dump(), "results": self.results}
-        write_atomically(self.out / SEARCHED, lambda file: torch.save(state, file))
+        checkpoint.write(self.out / SEARCHED, state)
 
     def save(self, phase: str, step: int, optimizer=None, search=None, window: Tensor | None = None) -> None:
         rng = [torch.get_rng_state()]

@@ -136,8 +136,9 @@ def keep_workload(out: Path, recipe: "Recipe", model: nn.Module, dataset: data.D
     met the budget would no longer.
     """
     budgets = csq.Budget.parse_all(recipe.budget)
-    started = (out / checkpoint.NAME).exists() or (out / checkpoint.PREVIOUS).exists()
-    if not any(budget.needs_workload for budget in budgets) or (started and (out / WORKLOAD).exists()):
+    if not any(budget.needs_workload for budget in budgets):
+        return
+    if checkpoint.exists(out) and (out / WORKLOAD).exists():
         return
     sample = next(iter(dataset.test_batches(1)))[0]
     counted = csq.workload(model, sample, latency=any(budget.needs_latency for budget in budgets))

@@ -64,8 +64,7 @@ def sweep(
         chosen = recipe_for(folder, budget, epochs)
         out = folder_of(folder, budget)
         display.note(f"{budget}: {out}")
-        resume = (out / checkpoint.NAME).exists() or (out / checkpoint.PREVIOUS).exists()
-        result = loop.train(chosen, out, resume=resume, device=device, display=display)
+        result = loop.train(chosen, out, resume=checkpoint.exists(out), device=device, display=display)
         row = {"budget": budget, "stored_bits": result["scheme"]["stored_bits"]}
         rows.append(row | {key: result.get(key) for key in _COLUMNS[2:]})
     _write(folder / "sweep.csv", rows)
