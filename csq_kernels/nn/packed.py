@@ -4,6 +4,7 @@ They compute with ``W = step * z``, equation (7), from the planes of ``bitplanes
 one parameter is the bias. Everything else of the float layer works as before.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
@@ -55,6 +56,11 @@ class PackedLayer(nn.Module):
     precision: str
     bias: nn.Parameter | None
     input_quantizer: nn.Module | None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "float_class"):
+            cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
 
     def __init__(self, *args, **kwargs):
         # The float layer's constructor would register a weight, which is a property here.

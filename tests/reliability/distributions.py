@@ -19,6 +19,8 @@ import record
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("build", "twine")
+# For what pip installs and, under one name or the other, for what it builds with.
+PINS = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), (ROOT / "constraints.txt").as_uri())
 # What an installation builds itself from, beside the folders of sources.
 SDIST_FILES = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
 SDIST_FOLDERS = ("csq_kernels", "csrc", "python")
@@ -99,10 +101,7 @@ class Environment:
         subprocess.run([str(self.bin / command[0]), *command[1:]], check=True, cwd=self.folder, env=environment)
 
     def pip(self, *arguments: str, **variables: str) -> None:
-        # Also for what the isolated build installs; recent versions of pip read the second name there.
-        pins = str(ROOT / "constraints.txt")
-        variables |= {"PIP_CONSTRAINT": pins, "PIP_BUILD_CONSTRAINT": pins}
-        self.run("python", "-m", "pip", "--disable-pip-version-check", "-q", *arguments, **variables)
+        self.run("python", "-m", "pip", "--disable-pip-version-check", "-q", *arguments, **PINS, **variables)
 
     def smoke(self, expected: str) -> None:
         self.run("python", "-c", SMOKE, expected)
@@ -111,8 +110,7 @@ class Environment:
 
 def build(tools: Environment, source: Path) -> tuple[Path, Path]:
     """The sdist of a folder, and the wheel made of that sdist."""
-    pins = str(ROOT / "constraints.txt")
-    tools.run("python", "-m", "build", str(source), PIP_CONSTRAINT=pins, PIP_BUILD_CONSTRAINT=pins)
+    tools.run("python", "-m", "build", str(source), **PINS)
     [sdist], [wheel] = (source / "dist").glob("*.tar.gz"), (source / "dist").glob("*.whl")
     tools.run("twine", "check", "--strict", str(sdist), str(wheel))
     return sdist, wheel
