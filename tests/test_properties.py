@@ -18,6 +18,7 @@ from csq_kernels import _native, backends, bitplanes, budget, functional, refere
 from csq_kernels._ops import PRECISIONS
 from csq_kernels.search import SCHEDULES
 
+native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 shapes = arrays.array_shapes(min_dims=1, max_dims=4, max_side=7)
@@ -88,10 +89,14 @@ def test_gradient_of_the_permuted_weight_is_the_permuted_gradient(layer, data):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(grad.abs().sum() * scale.abs().max() + 1))
 
 
+@native
 @EXAMPLES
-@given(layers(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), st.data())
+@given(layers(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.data())
 def test_strides_change_no_bit(layer, dtype, data):
-    """Whatever the order of axes and the steps in memory, of the logits and of the incoming gradient."""
+    """Whatever the order of axes and the steps in memory, of the logits and of the incoming gradient.
+
+    Not in float64: there PyTorch serves, whose vectorized and scalar functions round differently.
+    """
     logits, gates, scale, temperature, options = layer
     logits = logits.to(dtype)
     grad = torch.randn(logits.shape[2:], generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -112,9 +117,6 @@ def test_strides_change_no_bit(layer, dtype, data):
     assert torch.equal(other, weight)
     for a, b in zip(torch.autograd.grad(other, leaves, scattered(grad)), own, strict=True):
         assert torch.equal(a, b)
-
-
-native = pytest.mark.skipif(_native.module is None, reason="the native module is not built")
 
 
 @native

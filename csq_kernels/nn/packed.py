@@ -68,7 +68,8 @@ class PackedLayer(nn.Module):
         weight = self._parameters.pop("weight")
         assert weight is not None
         planes = torch.empty((0, bitplanes.plane_bytes(weight.numel())), dtype=torch.uint8, device=weight.device)
-        self.become_packed_(weight.shape, planes, torch.ones((), device=weight.device), (), MAX_BITS, (), weight.dtype)
+        scale = torch.ones((), dtype=torch.float32, device=weight.device)
+        self.become_packed_(weight.shape, planes, scale, (), MAX_BITS, (), weight.dtype)
 
     @classmethod
     def from_codes(
