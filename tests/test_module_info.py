@@ -332,9 +332,7 @@ def test_memory_format(info: ModuleInfo, stage: str) -> None:
         layer, inputs = make(info, stage, sample), arguments_of(sample)
         float_layer = twin(info, sample, layer, FLOAT32)
         expected = layer(*inputs)
-        image_format = FORMATS.get(inputs[0].ndim, torch.channels_last)
-        if image_format != torch.channels_last_3d and isinstance(layer, nn.Conv3d):
-            image_format = torch.channels_last_3d
+        image_format = torch.channels_last_3d if isinstance(layer, nn.Conv3d) else torch.channels_last
         layer.to(memory_format=image_format)
         float_layer.to(memory_format=image_format)
         own = getattr(layer, "bit_logits", None)
