@@ -107,13 +107,13 @@ class Packed:
         inputs = {each: torch.randn(batch, each[1]) for each in shapes[:2]}
         calls = [(layer, inputs[each]) for layer, each in zip(layers, shapes, strict=True)]
 
-        def run() -> None:
+        def run() -> list[Tensor]:
             with torch.inference_mode():
-                for layer, x in calls:
-                    layer(x)
+                return [layer(x) for layer, x in calls]
 
         weight_bytes = sum(n * k for n, k in shapes) * self.bits // 8
-        return Walk(run, layers=len(shapes), weight_bytes=weight_bytes, verdict=verdict)
+        given = tuple(inputs.values())
+        return Walk(run, inputs=given, layers=len(shapes), weight_bytes=weight_bytes, verdict=verdict)
 
 
 def available() -> str | None:

@@ -69,13 +69,15 @@ class Linear:
         dtype = torch.bfloat16 if self.activation == "bf16" else torch.float32
         first = torch.randn(batch, shapes[0][1]).to(dtype)
 
-        def run() -> None:
+        def run() -> Tensor:
             x = first
             with torch.inference_mode():
                 for layer in layers:
                     x = layer.run(x)
+            return x
 
-        return Walk(run, layers=len(layers), weight_bytes=sum(layer.weight_bytes for layer in layers))
+        weight_bytes = sum(layer.weight_bytes for layer in layers)
+        return Walk(run, inputs=(first,), layers=len(layers), weight_bytes=weight_bytes)
 
 
 def available() -> str | None:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import DTYPES, Entry, announce, circumstances, interleave, peak_bytes, shape_list
+from harness import DTYPES, announce, circumstances, interleave, peak_bytes, report_caught, shape_list
 from torch import Tensor
+from trust import Entry
 
 from csq_kernels import functional, reference
 
@@ -80,18 +80,25 @@ class Reconstruct:
             weight.backward(self.grad_weight)
             return weight.detach()
 
-        return Entry(forward if mode == "forward" else forward_backward, self.clear)
+        # Both copies of the logits, since a yardstick reads the other one.
+        inputs = (*self.planes, self.bit_logits, self.gate_logits, self.grad_weight)
+        run = forward if mode == "forward" else forward_backward
+        return Entry(run, self.clear, inputs, lambda weight: [t for ts in self.computed(weight).values() for t in ts])
 
-    def outputs(self, entry: Entry) -> dict[str, list[Tensor]]:
-        """What one call computes: the weight, the gradient of each plane, and those that are sums, as one tensor."""
-        entry.prepare()
-        weight = entry.run().detach()
+    def computed(self, weight: Tensor) -> dict[str, list[Tensor]]:
+        """The weight that a call returned, the gradient of each plane, and those that are sums, as one tensor."""
         planes = [plane.grad for plane in self.planes if plane.grad is not None]
         if self.bit_logits.grad is not None:
             planes = list(self.bit_logits.grad.flatten(0, 1))
         sums = [leaf.grad.reshape(-1) for leaf in (self.gate_logits, self.scale) if leaf.grad is not None]
-        entry.prepare()
         return {"weight": [weight], "grad_bit_logits": planes, "sums": [torch.cat(sums)] if sums else []}
+
+    def outputs(self, entry: Entry) -> dict[str, list[Tensor]]:
+        """What one call computes."""
+        entry.prepare()
+        outputs = self.computed(entry.run())
+        entry.prepare()
+        return outputs
 
     def exact(self) -> Iterator[tuple[slice, dict[str, list[Tensor]]]]:
         """``outputs`` in float64, a block of rows at a time to save memory; the last block brings the sums."""
@@ -147,7 +154,8 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
     red = {key: v for key, v in verdicts.items() if key[0] == "csq" and not v.error <= 1}
     entries = {key: entry for key, entry in entries.items() if key not in red}
     memory = {key: peak_bytes(entry, options.device) for key, entry in entries.items()}
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device, lambda key: ("eager", key[1]))
+    times, bandwidth = timing.spreads, timing.bandwidth
 
     weight_bytes = problem.grad_weight.nbytes
     logit_bytes = problem.bit_logits.nbytes
@@ -181,9 +189,9 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
                 "error_over_allowed": verdicts[provider, mode].error,
             }
         )
-    for (provider, mode), verdict in red.items():
-        print(f"RED {provider} {mode} {shape}: {verdict.where}; no time is given", file=sys.stderr)
-    return rows, not red
+    caught = {key: verdict.where for key, verdict in red.items()} | timing.caught
+    report_caught(caught, str(shape))
+    return rows, not caught
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

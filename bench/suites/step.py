@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import Entry, Memory, announce, circumstances, interleave, memory, shape_list
+from harness import Memory, announce, circumstances, interleave, memory, report_caught, shape_list
 from suites.reconstruct import SIMD_BITS, per_bit
 from torch import Tensor
+from trust import Entry
 
 from csq_kernels import functional, optim, reference
 from csq_kernels.nn import CSQLinear
@@ -103,6 +103,14 @@ class Separate:
     def clear(self) -> None:
         self.optimizer.zero_grad()
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.grad_weight,)
+
+    @torch.no_grad()
+    def weight_now(self, _: None = None) -> list[Tensor]:
+        return [self.weight()]
+
     @torch.no_grad()
     def outputs(self) -> Outputs:
         planes = self.logits if len(self.logits) > 1 else list(self.logits[0].flatten(0, 1))
@@ -133,6 +141,13 @@ class SinglePass:
 
     def clear(self) -> None:
         """Nothing: the gradient that is given stays, and there is no other."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.layer.weight.grad,)
+
+    def weight_now(self, _: None = None) -> list[Tensor]:
+        return [self.layer.weight]
 
     @torch.no_grad()
     def outputs(self) -> Outputs:
@@ -250,12 +265,14 @@ def measure(
         errors = errors_of(provider, exact)
         baseline = baseline or errors
         verdicts[name] = judge(name, errors, baseline, sizes)
-        entries[name] = Entry(provider.step, provider.clear)
+        # Of the logits not all are looked at: the weight says enough.
+        entries[name] = Entry(provider.step, provider.clear, provider.inputs, provider.weight_now)
     del exact
     # A baseline may err more than eager and still be the one to beat; ours may not.
     red = {name: v for name, v in verdicts.items() if name not in BASELINES and not v.error <= 1}
     entries = {name: entry for name, entry in entries.items() if name not in red}
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device, lambda name: "eager")
+    times, bandwidth = timing.spreads, timing.bandwidth
     weights = math.prod(shape)
     rows = []
     for name, spread in times.items():
@@ -286,9 +303,9 @@ def measure(
                 "error_over_allowed": verdicts[name].error,
             }
         )
-    for name, verdict in red.items():
-        print(f"RED {name} {rule} {gates} {shape}: {verdict.where}; no time is given", file=sys.stderr)
-    return rows, not red
+    caught = {name: verdict.where for name, verdict in red.items()} | timing.caught
+    report_caught(caught, f"{rule} {gates} {shape}")
+    return rows, not caught
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
