@@ -3,11 +3,12 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,6 +214,36 @@ def circumstances(device: str) -> dict[str, Any]:
         "flags": _flags(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part of a suite that is measured and printed as one: rows, and whether everything was right.
+
+    ``cost`` is in proportion to its time, among the cases of its suite.
+    """
+
+    label: str
+    cost: float
+    measure: Callable[[], tuple[list[dict[str, Any]], bool]]
+
+
+def without(name: str, reason: str) -> None:
+    """Say that a provider is not measured, and why."""
+    print(f"without {name}: {reason}", file=sys.stderr)
+
+
+def present(providers: Iterable[str], device: str) -> list[str]:
+    """The providers that can run here; those that need a compiler which is missing are named with that reason."""
+    compiler = os.environ.get("CXX", "g++")
+    lacking = device == "cpu" and shutil.which(compiler) is None
+    kept = []
+    for name in providers:
+        if lacking and name.endswith("compiled"):
+            without(name, f"torch.compile needs a C++ compiler, and there is no {compiler}")
+        else:
+            kept.append(name)
+    return kept
 
 
 def announce(context: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """A layer's training step with its GEMM, and what launching the reconstruction costs."""
 
 import argparse
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import DTYPES, Spread, announce, circumstances, interleave, report_caught, shape_list
+from harness import DTYPES, Case, Spread, interleave, report_caught, shape_list
 from torch import Tensor, nn
 from trust import Entry
 
@@ -190,16 +192,16 @@ class Suite:
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--rounds", type=int, default=5)
 
-    def run(self, options: argparse.Namespace) -> Iterator[Result]:
-        """Measure and print each shape: its rows, and whether everything was right."""
+    def cases(self, options: argparse.Namespace) -> list[Case]:
+        """One for each shape."""
         options.dtype = DTYPES[options.dtype]
         torch.set_num_threads(options.threads)
-        context = circumstances(options.device)
-        announce(context)
-        for shape in options.shapes:
-            rows, right = self.measure(shape, options)
-            print_rows(rows)
-            yield [{**row, **context} for row in rows], right
+        return [
+            Case("x".join(map(str, shape)), math.prod(shape), functools.partial(self.measure, shape, options))
+            for shape in options.shapes
+        ]
+
+    print_rows = staticmethod(print_rows)
 
 
 SUITES = {

@@ -1,6 +1,7 @@
 """Reconstruction of the weight, equation (3), against plain PyTorch."""
 
 import argparse
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import DTYPES, announce, circumstances, interleave, peak_bytes, report_caught, shape_list
+from harness import DTYPES, Case, interleave, peak_bytes, present, report_caught, shape_list
 from torch import Tensor
 from trust import Entry
 
@@ -196,6 +197,7 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    print(f"\nreconstruct, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
     columns = "{:>11} {:16} {:18} {:>11} {:>19} {:>9} {:>6} {:>12} {:>21} {:>9} {:>11} {:>7} {:>6}"
     heads = (
         f"shape mode provider median p20..p80 floor share {' '.join('vs_' + name for name in BASELINES)} memory error"
@@ -232,17 +234,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Measure and print each shape: its rows, and whether everything was right."""
-    options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each shape."""
+    providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+    options.providers = present(providers, options.device)
     torch.set_num_threads(options.threads)
     if options.isa is not None:
         torch._inductor.config.cpp.simdlen = SIMD_BITS[options.isa]
-    context = circumstances(options.device)
-    announce(context)
-    for shape in options.shapes:
-        rows, right = measure(shape, options)
-        if rows:
-            print(f"\nreconstruct, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
-            print_rows(rows)
-        yield [{**row, **context} for row in rows], right
+    return [
+        Case("x".join(map(str, shape)), math.prod(shape), functools.partial(measure, shape, options))
+        for shape in options.shapes
+    ]

@@ -1,6 +1,7 @@
 """A whole training step of one weight, given the loss's gradient in it: weight, bit gradients, optimizer."""
 
 import argparse
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import Memory, announce, circumstances, interleave, memory, report_caught, shape_list
+from harness import Case, Memory, interleave, memory, present, report_caught, shape_list
 from suites.reconstruct import SIMD_BITS, per_bit
 from torch import Tensor
 from trust import Entry
@@ -310,6 +311,7 @@ def measure(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    print(f"\nstep, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
     columns = "{:>11} {:5} {:6} {:18} {:>11} {:>19} {:>9} {:>6}" + " {:>11}" * len(BASELINES) + " {:>6} {:>6} {:>6}"
     against = [f"vs_{name}".replace("reference", "ref") for name in BASELINES]
     heads = ["shape", "rule", "gates", "provider", "median", "p20..p80", "floor", "share", *against, "state", "peak"]
@@ -348,17 +350,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Measure and print each shape, rule and kind of gates: its rows, and whether everything was right."""
-    options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each shape, rule and kind of gates."""
+    providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+    options.providers = present(providers, options.device)
     torch.set_num_threads(options.threads)
     if options.isa is not None:
         torch._inductor.config.cpp.simdlen = SIMD_BITS[options.isa]
-    context = circumstances(options.device)
-    announce(context)
-    cases = itertools.product(options.shapes, options.rules.split(","), options.gates.split(","))
-    for shape, rule, gates in cases:
-        rows, right = measure(shape, rule, gates, options)
-        print(f"\nstep, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
-        print_rows(rows)
-        yield [{**row, **context} for row in rows], right
+    return [
+        Case(
+            f"{'x'.join(map(str, shape))} {rule} {gates}",
+            math.prod(shape),
+            functools.partial(measure, shape, rule, gates, options),
+        )
+        for shape, rule, gates in itertools.product(options.shapes, options.rules.split(","), options.gates.split(","))
+    ]
