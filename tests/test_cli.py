@@ -128,7 +128,8 @@ def test_bench(run):
     content = json.loads(csq("bench", file, "--json").stdout)
     assert (content["file"], content["precision"], content["batch"]) == (file, "exact", 1)
     assert [layer["name"] for layer in content["layers"]] == ["hidden1", "hidden2", "head"]
-    stored = {layer.name: layer.stored_bits for layer in packed.inspect(file).packed.layers}
+    inspected = json.loads(csq("inspect", file, "--json").stdout)["packed"]["layers"]
+    stored = {layer["name"]: layer["stored_bits"] for layer in inspected}
     for row in (content, *content["layers"]):
         assert row["ratio"] == pytest.approx(row["float_ms"] / row["packed_ms"])
     for layer in content["layers"]:
