@@ -257,6 +257,16 @@ def shape_list(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
 
 
+def integers(text: str) -> list[int]:
+    """``"1,8,64"`` as numbers, for an option."""
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """``"csq,torch"`` as a list, for an option."""
+    return text.split(",")
+
+
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append one JSON object a line; old lines are never touched."""
     path.parent.mkdir(parents=True, exist_ok=True)

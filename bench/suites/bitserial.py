@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-from harness import Case, Spread, shape_list, steady_seconds, without
+from harness import Case, Spread, integers, names, shape_list, steady_seconds, without
 from peers import COLD_BYTES, FAMILIES, Shape
 from peers.csq import PRECISIONS
 from workers import Ready, Worker
@@ -156,14 +156,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 "" if error is None else f"{error:.2f}",
             )
         )
-
-
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accuracy import Norms, Verdict, twice
-from harness import Case, Timing, interleave, peak_bytes, present, report_caught, without
+from harness import Case, integers, interleave, names, peak_bytes, present, report_caught, without
 from peers.csq import PRECISIONS, rounded_to_int8
 from peers.pytorch import prepack
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from trust import Entry
 
 import csq_kernels as csq
 from csq_kernels import reference
+from csq_kernels.nn.pack import summary
 from csq_kernels.nn.prepare import csq_layers
 from csq_kernels.train import models
 
 TRAIN = ("float", "reference", "reference-compiled", "separate", "single-pass")
 INFER = ("float", "torch dynamic int8", *(f"csq {precision}" for precision in PRECISIONS))
 MODES = {"infer": INFER, "train": TRAIN}
+OURS = ("separate", "single-pass", *INFER[2:])
 TRAINED_BITS, PACKED_BITS = 8, 3  # n of equation (3); 3 are stored as up to 4
 RATE, MOMENTUM = 1e-3, 0.9
 CHECKED_STEPS = 2  # the second one needs the momenta of the first
@@ -268,10 +270,10 @@ def measure(
     prepared = copy.deepcopy(float_network)
     csq.prepare_(prepared, csq.Config(n_bits=n_bits))
     x = torch.randn(batch, *shape, device=options.device)
-    providers = [p for p in options.providers if p in MODES[mode]]
+    providers = [p for p in MODES[mode] if p in options.providers]
     if mode == "train":
         made, verdicts = judged_training(providers, float_network, prepared, x)
-        entries = {provider: each.entry() for provider, each in made.items()}
+        entries, stored = {provider: each.entry() for provider, each in made.items()}, {}
         yardsticks = {"reference-compiled": "reference", "separate": "reference", "single-pass": "reference"}
     else:
         if "torch dynamic int8" in providers and (options.device != "cpu" or not is_linear(float_network)):
@@ -280,11 +282,13 @@ def measure(
             providers.remove("torch dynamic int8")
         made, verdicts = judged_inference(providers, float_network, prepared, x)
         entries = {provider: Entry(inference(network, x), inputs=(x,)) for provider, network in made.items()}
+        stored = {p: summary(made[p]).average("stored_bits") for p in providers if p.startswith("csq")}
         yardsticks = dict.fromkeys(providers, "float")
-    red = {p: v.where for p, v in verdicts.items() if p.startswith(("csq", "s")) and not v.error <= 1}
+    # A baseline may err more than allowed and still be the one to beat; ours may not.
+    red = {provider: v.where for provider, v in verdicts.items() if provider in OURS and not v.error <= 1}
     entries = {provider: entry for provider, entry in entries.items() if provider not in red}
     peaks = {provider: peak_bytes(entry, options.device) for provider, entry in entries.items()}
-    timing: Timing = interleave(entries, options.rounds, options.device, lambda provider: yardsticks.get(provider))
+    timing = interleave(entries, options.rounds, options.device, lambda provider: yardsticks.get(provider))
     report_caught(red | timing.caught, f"{name} {mode}")
     rows = [
         {
@@ -305,8 +309,9 @@ def measure(
             "speedup_over": {
                 other: timing.spreads[other].median / spread.median
                 for other in timing.spreads
-                if other != provider and not other.startswith(("csq", "s"))
+                if other != provider and other not in OURS
             },
+            "stored_bits": stored.get(provider),
             "peak_bytes": peaks[provider],
             "error_over_allowed": verdicts[provider].error if provider in verdicts else None,
         }
@@ -344,19 +349,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def names(text: str) -> list[str]:
-    return text.split(",")
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--networks", type=names, default=",".join(NETWORKS))
     parser.add_argument("--modes", type=names, default=",".join(MODES))
     parser.add_argument("--providers", type=names, default=",".join(dict.fromkeys([*INFER, *TRAIN])))
     parser.add_argument("--batch", type=int, default=1, help="of inference; a training step takes 4 to 128 samples")
-    parser.add_argument(
-        "--threads", type=lambda text: [int(t) for t in text.split(",")], default=[torch.get_num_threads()]
-    )
+    parser.add_argument("--threads", type=integers, default=str(torch.get_num_threads()))
     parser.add_argument("--rounds", type=int, default=5)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Case, interleave, peak_bytes, report_caught, without
+from harness import Case, integers, interleave, names, peak_bytes, report_caught, without
 from peers import csq
 from suites import step
 from torch import Tensor
@@ -147,14 +147,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
             f"{row['threads']} threads  {row['provider']:18} {1e3 * row['seconds']['median']:10.4f} ms",
             f"{held:7.2f} bytes a weight, {peak:8.2f} at most",
         )
-
-
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
