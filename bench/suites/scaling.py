@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accuracy import Norms, Verdict, twice
 from harness import Case, integers, interleave, names, peak_bytes, report_caught, without
 from peers import csq
 from suites import step
@@ -71,6 +72,17 @@ def measure_step(sweep: str, weights: int, bits: int, threads: int, options: arg
     return [row | {"op": "scaling", "mode": "step", "sweep": sweep, "threads": threads} for row in rows], right
 
 
+def judge(layer: csq.PackedLinear, x: Tensor, weight: Tensor, exact_weight: Tensor) -> Verdict:
+    """May err twice as much as a float32 product of the same input, which is rounded first if the precision says so."""
+    given = x.double()
+    if layer.precision != "exact":
+        integers, steps = reference.quantize_rows(x, layer.precision)
+        given = (integers.double() * steps.double()).flatten(1)[:, : x.shape[1]]
+    exact = F.linear(given, exact_weight)
+    found, plain = (Norms().add(y.double() - exact) for y in (layer(x), F.linear(given.float(), weight)))
+    return twice("the product", found, plain, Norms().add(exact))
+
+
 def measure_product(
     sweep: str, weights: int, bits: int, threads: int, batch: int, options: argparse.Namespace
 ) -> Result:
@@ -80,14 +92,15 @@ def measure_product(
         return [], True
     torch.set_num_threads(threads)
     shape = shape_of(weights)
+    x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(0)).to(options.device)
+    layers = {f"csq {p}": csq.another(csq.packed(shape, bits), p).to(options.device) for p in csq.PRECISIONS}
+    csq.packed.cache_clear()
     with torch.inference_mode():
-        judged = csq.products(shape, bits, batch)
-        layers = {f"csq {p}": csq.another(csq.packed(shape, bits), p) for p in csq.PRECISIONS}
-        verdicts = {name: csq.judge(layer, layer.precision, judged) for name, layer in layers.items()}
-        weight = reference.hard_weight(csq.random_codes(shape, bits), csq.SCALE, csq.n_bits_of(bits), 0)
-    for cached in (csq.products, csq.packed):
-        cached.cache_clear()
-    x = judged.input.clone()
+        codes, scale, n_bits = csq.random_codes(shape, bits).to(options.device), csq.SCALE, csq.n_bits_of(bits)
+        weight = reference.hard_weight(codes, scale.to(options.device), n_bits, 0)
+        exact_weight = reference.hard_weight(codes, scale.to(options.device).double(), n_bits, 0)
+        verdicts = {name: judge(layer, x, weight, exact_weight) for name, layer in layers.items()}
+        del codes, exact_weight
 
     def linear() -> Tensor:
         with torch.inference_mode():
