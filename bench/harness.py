@@ -246,6 +246,29 @@ def present(providers: Iterable[str], device: str) -> list[str]:
     return kept
 
 
+def free_bytes(device: str) -> int:
+    """Memory that a case may take: most of what is left."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_on_the_processor()
+    return int(0.8 * free)
+
+
+def _free_on_the_processor() -> int:
+    """What Linux would give without swapping; elsewhere free pages."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fits(label: str, needed: int, device: str) -> bool:
+    """Whether there is memory for a case; says so if there is not."""
+    free = free_bytes(device)
+    if needed > free:
+        without(label, f"it needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are to spare")
+    return needed <= free
+
+
 def announce(context: dict[str, Any]) -> None:
     """Print ``circumstances`` above the table."""
     for key, value in context.items():

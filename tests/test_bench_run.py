@@ -114,8 +114,8 @@ def test_scaling(bench: ModuleType, monkeypatch, tmp_path: Path, capsys) -> None
     products = {row["provider"] for row in rows if row["mode"] == "product"}
     assert products == {"torch fp32", "csq int8", "csq high", "csq exact"}
     errors = capsys.readouterr().err
-    for operation, bits in (("step", 8), ("product", 4)):
-        assert f"without {operation} of 2^50 weights, {bits} bits" in errors
+    for label in ("step 33554432x33554432", "product of 2^50 weights, 4 bits"):
+        assert f"without {label}" in errors and "of memory" in errors
     packed = next(row for row in rows if row["provider"] == "csq exact" and row["stored_bits"] == 2)
     assert packed["weight_bytes"] == 64 * 128 * 2 // 8 + 4  # of whole tiles
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -359,20 +360,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
+def weights_of(name: str) -> int:
+    """Parameters of a network."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in NETWORKS[name][0]().parameters())
+
+
 def cases(options: argparse.Namespace) -> list[Case]:
-    """One for each mode, network and number of threads; a training step costs a hundred passes."""
-    options.providers = present(options.providers, options.device)
+    """One for each mode, network and number of threads, the cheapest first."""
     if unknown := set(options.networks) - set(NETWORKS):
         raise ValueError(f"expected --networks of {', '.join(NETWORKS)}, got {', '.join(sorted(unknown))}")
-    return [
-        Case(
-            f"{name} {mode}, {threads} threads",
-            100.0 if mode == "train" else 1.0,
-            functools.partial(
-                measure, name, mode, TRAIN_BATCH[name] if mode == "train" else options.batch, threads, options
-            ),
-        )
-        for mode in options.modes
-        for name in options.networks
-        for threads in options.threads
-    ]
+    options.providers = present(options.providers, options.device)
+    found = []
+    for mode, name, threads in itertools.product(options.modes, options.networks, options.threads):
+        batch = TRAIN_BATCH[name] if mode == "train" else options.batch
+        cost = weights_of(name) * (100 if mode == "train" else 1)
+        run = functools.partial(measure, name, mode, batch, threads, options)
+        found.append(Case(f"{name} {mode}, {threads} threads", cost, run))
+    return sorted(found, key=lambda case: case.cost)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import DTYPES, Case, interleave, peak_bytes, present, report_caught, shape_list
+from harness import DTYPES, Case, fits, interleave, peak_bytes, present, report_caught, shape_list
 from torch import Tensor
 from trust import Entry
 
@@ -20,6 +20,7 @@ PROVIDERS = ("reference", "reference-compiled", "eager", "compiled", "csq")
 BASELINES = PROVIDERS[:-1]
 MODES = ("forward", "forward+backward")
 TEMPERATURE = 30.0
+BYTES = 60  # that a case takes at most, a weight and bit
 SIMD_BITS = {"avx2": 256, "avx512": 512}
 
 
@@ -146,6 +147,9 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
 
 def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """Check, then time one shape; return its rows, and whether everything was right."""
+    label = f"reconstruct {'x'.join(map(str, shape))}"
+    if not fits(label, BYTES * options.n_bits * math.prod(shape), options.device):
+        return [], True
     torch._dynamo.reset()
     problem = Reconstruct(shape, options.n_bits, options.device, DTYPES[options.dtype])
     providers = problem.providers()

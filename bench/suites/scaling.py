@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accuracy import Norms, Verdict, twice
-from harness import Case, integers, interleave, names, peak_bytes, report_caught, without
+from harness import Case, fits, integers, interleave, names, peak_bytes, report_caught
 from peers import csq
 from suites import step
 from torch import Tensor
@@ -25,9 +25,7 @@ STEP_WEIGHTS, STEP_BITS = 20, 8
 PRODUCT_WEIGHTS, PRODUCT_BITS = 22, 4
 BATCHES = (1, 2, 4, 16, 64, 256)
 STEP_PROVIDERS = ("eager", "separate", "single-pass", "single-pass-narrow")
-# Bytes a weight and bit that checking a step takes beside the providers: logits, and logits and momenta in float64.
-CHECK_BYTES = 8 + 32
-# Of a product: codes, and the weight in float64 and float32, whatever the bits.
+# Bytes a weight of a product: codes, and the weight in float64 and float32, whatever the bits.
 PRODUCT_CHECK_BYTES = 32
 
 
@@ -36,36 +34,8 @@ def shape_of(exponent: int) -> tuple[int, int]:
     return 1 << (exponent + 1) // 2, 1 << exponent // 2
 
 
-def free_bytes(device: str) -> int:
-    """Memory that is left, of which a part stays free."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_on_the_processor()
-    return int(0.8 * free)
-
-
-def available_on_the_processor() -> int:
-    """What Linux would give without swapping; elsewhere free pages."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def fits(label: str, needed: int, device: str) -> bool:
-    """Whether there is memory for a case; says so if there is not."""
-    free = free_bytes(device)
-    if needed > free:
-        without(label, f"it needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are to spare")
-    return needed <= free
-
-
 def measure_step(sweep: str, weights: int, bits: int, threads: int, options: argparse.Namespace) -> Result:
     """A training step of one weight, SGD, gates moving; as the suite ``step`` measures it."""
-    label = f"step of 2^{weights} weights, {bits} bits"
-    # Eager holds 25 bytes a weight and bit, the others less; at its step's height half as much comes on top.
-    needed = sum({"eager": 37, "separate": 25, "single-pass": 17}.get(p, 10) for p in options.step_providers)
-    if not fits(label, (needed + CHECK_BYTES) * bits << weights, options.device):
-        return [], True
     torch.set_num_threads(threads)
     own = argparse.Namespace(**vars(options) | {"providers": options.step_providers, "n_bits": bits})
     rows, right = step.measure(shape_of(weights), "sgd", "moving", own)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import Case, Memory, interleave, memory, present, report_caught, shape_list
+from harness import Case, Memory, fits, interleave, memory, present, report_caught, shape_list
 from suites.reconstruct import SIMD_BITS, per_bit
 from torch import Tensor
 from trust import Entry
@@ -28,6 +28,9 @@ TEMPERATURE = 30.0
 LOGIT_RATE = 1e-3
 # Gradients of gates and scale are sums over the weight, whose size Adam alone takes out.
 VECTOR_RATES = {"sgd": 1e-6, "adamw": 1e-3}
+# Bytes a weight and bit: of a provider, without what it takes within a step, and of that with the float64 check.
+BYTES = {name: 17 if name.startswith("single-pass") else 25 for name in PROVIDERS}
+CHECK_BYTES = 60
 CHECKED_STEPS = 2  # the second one needs the momenta of the first
 
 Outputs = dict[str, list[Tensor]]
@@ -248,6 +251,10 @@ def measure(
     shape: tuple[int, ...], rule: str, gates: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], bool]:
     """Check and weigh, then time one shape; return its rows, and whether everything was right."""
+    needed = CHECK_BYTES + sum(BYTES[name] for name in options.providers)
+    label = f"step {'x'.join(map(str, shape))}"
+    if not fits(label, needed * options.n_bits * math.prod(shape), options.device):
+        return [], True
     torch._dynamo.reset()
     problem = Problem(shape, options.n_bits, options.device, rule, gates)
     exact = Exact(problem)
