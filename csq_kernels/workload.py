@@ -250,9 +250,9 @@ class _Latency:
             timers[None, bits] = network_timer(network)
         times = medians(timers)
         table = {leader: [0] * (self.n_bits[leader] + 2) for leader in self.members.values()}
-        for (name, bits), value in times.items():
-            if name is not None:
-                table[self.members[name]][bits] += value
+        for (layer, bits), value in times.items():
+            if layer is not None:
+                table[self.members[layer]][bits] += value
         increasing = {name: _increasing(row) for name, row in table.items()}
         # What a network takes beyond its layers, whatever the width.
         rests = [

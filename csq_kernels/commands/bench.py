@@ -57,7 +57,8 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    times = layer_times(model, models.example_input(description["model"], *description["sizes"], batch=batch))
+    channels, image_size, classes = description["sizes"]
+    times = layer_times(model, models.example_input(description["model"], channels, image_size, classes, batch))
     about = {"precision": precision, "batch": batch, "threads": torch.get_num_threads()}
     if as_json:
         print(json.dumps({"file": str(file), **about, **times.to_dict()}, indent=2))
