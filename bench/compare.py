@@ -30,7 +30,7 @@ IDENTITY = (
     "stored_bits",
     "activation",
 )
-IDENTITY += ("batch", "threads")
+IDENTITY += ("batch", "threads", "network", "sweep")
 MACHINE = ("cpu", "cores", "isa", "threads", "gpu")
 OURS = ("csq", "single-pass", "separate")
 # Between the 20th and 80th percentile of a normal distribution lie 1.683 deviations; the median of n values deviates by

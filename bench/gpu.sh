@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Build for the GPU of this machine, run every test that needs it, and measure. Needs no network; stays under 9 minutes.
 # Logs and results go to ${OUT:-bench/out}. A part that fails does not stop the next; the exit status says if any did.
+# Run again with the same OUT, it goes on: parts that a clean commit has finished on this GPU are not repeated.
+# `python bench/merge.py OUT` then takes the results over into bench/results.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 root=$PWD
 out=${OUT:-bench/out}
 mkdir -p "$out"
@@ -12,11 +14,26 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 failed=()
 deadline=$((SECONDS + 530))
+commit=$(git describe --always --dirty --exclude='*' 2>/dev/null) || commit=${CSQ_COMMIT:-unknown}
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
+
+# finished NAME: whether this commit, without changes, has finished a part on this GPU, and its results are still there.
+finished() {
+    case $commit in *-dirty | unknown) return 1 ;; esac
+    grep -qxF "$commit	$gpu	$1" "$out/finished" 2>/dev/null || return 1
+    case $1 in
+        bench_*) grep -qF "\"commit\": \"$commit\"" "$out/${1#bench_}.jsonl" 2>/dev/null ;;
+    esac
+}
 
 # part NAME SECONDS COMMAND...: run the command, show its end, keep all of it in NAME.log.
 part() {
     local name=$1 seconds=$2 left=$((deadline - SECONDS)) status
     shift 2
+    if finished "$name"; then
+        echo "== $name: done before at commit $commit on $gpu"
+        return
+    fi
     echo "== $name"
     if [ "$left" -lt 5 ]; then
         echo "== $name: not run, no time is left"
@@ -27,7 +44,17 @@ part() {
     status=$?
     tail -n 40 "$out/$name.log"
     echo "== $name: exit status $status, $SECONDS s since the start"
-    [ "$status" -eq 0 ] || failed+=("$name")
+    if [ "$status" -eq 0 ]; then
+        printf '%s\t%s\t%s\n' "$commit" "$gpu" "$name" >>"$out/finished"
+    else
+        failed+=("$name")
+    fi
+}
+
+# always NAME SECONDS COMMAND...: a part that each run needs anew.
+always() {
+    [ ! -e "$out/finished" ] || sed -i "/\t$1\$/d" "$out/finished"
+    part "$@"
 }
 
 environment() {
@@ -39,7 +66,10 @@ export -f environment
 export python
 
 tests() { part "$1" "$2" "$python" -m pytest -q -p no:cacheprovider "${@:3}" "$root/tests"; }
-bench() { part "$1" "$2" "$python" "$root/bench/run.py" "${@:3}" --device cuda --rounds 20 --out "$out/$1.jsonl"; }
+# bench NAME SECONDS SUITE OPTION...
+bench() {
+    part "bench_$1" "$2" "$python" "$root/bench/run.py" "$3" --device cuda --rounds 20 --out "$out/$1.jsonl" "${@:4}"
+}
 
 # sanitize TOOL: the smallest tests of every kernel under one of compute-sanitizer's tools.
 sanitize() {
@@ -57,10 +87,10 @@ CSQ_CUDA_ARCHS=$("$python" -c "$capability") || exit 1
 export CSQ_CUDA=1 CSQ_CUDA_ARCHS
 # Installed into a folder of its own and used from elsewhere: from the root, the sources would hide the built package.
 export PYTHONPATH=$site
-part environment 20 bash -c environment
-part build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" "$root"
+always environment 20 bash -c environment
+always build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" "$root"
 cd "$site" || exit 1
-part info 20 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
+always info 20 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 tests tests 140 -m 'gpu and not slow' "${workers[@]}"
@@ -72,8 +102,10 @@ bench reconstruct_3_bits 20 reconstruct --n-bits 3 --providers csq --shapes 4096
 bench step 30 step --providers single-pass,separate --shapes 4096x4096
 bench csq_linear 20 csq_linear --dtype bfloat16 --shapes 8192x4096x4096,2048x4096x14336
 bench csq_conv2d 20 csq_conv2d --dtype bfloat16 --shapes 64x64x64x56x3,64x512x512x7x3
-part bitserial 60 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
+part bench_bitserial_cuda 60 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
+bench model 60 model --rounds 10
+bench scaling 40 scaling --rounds 5 --exponents 12,16,20,24,26 --bits 1,2,4,8,16 --thread-counts 1 --batches 1,16,256
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
-part status 15 "$python" "$root/bench/status.py" "$out"
+always status 15 "$python" "$root/bench/status.py" "$out"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -3,16 +3,18 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from trust import AFTERWARDS, Entry, Key, Observation, UntrustedError, compare, observe
 
 import csq_kernels
 
@@ -21,14 +23,6 @@ AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing to time: ``prepare`` runs before each call, outside the clock."""
-
-    run: Callable[[], object]
-    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -47,18 +41,31 @@ class Spread:
         return cls(statistics.median(seconds), quantiles[1], quantiles[7])
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Time one call; on a GPU between two events, so that the clock stops when the work is done."""
+def timed(run: Callable[[], T], device: str) -> tuple[float, T]:
+    """Time one call; on a GPU between two events, so that the clock stops when the work is done.
+
+    Raises:
+        UntrustedError: the device works on after the stream of the call is done.
+    """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        result = run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        stopped = time.perf_counter()
+        torch.cuda.synchronize()
+        if time.perf_counter() - stopped > AFTERWARDS:
+            raise UntrustedError("late: the device works on after the call's stream is done")
+        return start.elapsed_time(end) / 1e3, result
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    result = run()
+    return time.perf_counter() - started, result
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """As ``timed``, without the result."""
+    return timed(run, device)[0]
 
 
 def steady_seconds(run: Callable[[], object]) -> float:
@@ -71,28 +78,56 @@ def steady_seconds(run: Callable[[], object]) -> float:
             return latest
 
 
-def interleave(entries: dict[str, Entry], rounds: int, device: str) -> tuple[dict[str, Spread], float]:
+@dataclass(frozen=True)
+class Timing:
+    """The spread of each entry, what was caught and why, and bytes read plus bytes written per second by a copy."""
+
+    spreads: dict[Any, Spread]
+    caught: dict[Any, str]
+    bandwidth: float
+
+
+def interleave(
+    entries: dict[Key, Entry], rounds: int, device: str, yardstick: Callable[[Key], Key] = lambda key: key
+) -> Timing:
     """Time all entries in turn, ``rounds`` times, each after a call of its own that is not timed and a timed copy.
 
-    The call before brings an entry's memory back: pages that the system took away while others ran are not its cost.
-
-    Returns:
-        The spread of each entry, and the copy bandwidth (bytes read plus bytes written per second).
+    The call before has other inputs and brings an entry's memory back: pages that the system took away while others ran
+    are not its cost. An entry that ``trust`` catches, in any round, has no time. ``yardstick`` names the entry
+    whose results an entry's must be near.
     """
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    times: dict[str, list[float]] = {name: [] for name in entries}
+    times: dict[Key, list[float]] = {name: [] for name in entries}
+    caught: dict[Key, str] = {}
     copies = []
     for _ in range(rounds):
+        observed: dict[Key, Observation] = {}
         for name, entry in entries.items():
-            entry.prepare()
-            entry.run()
-            entry.prepare()
-            copies.append(seconds(lambda: target.copy_(source), device))
-            times[name].append(seconds(entry.run, device))
-            entry.prepare()
-    return {name: Spread.of(t) for name, t in times.items()}, 2 * COPY_BYTES / statistics.median(copies)
+            if name in caught:
+                continue
+
+            def call(name: Key = name, entry: Entry = entry) -> object:
+                copies.append(seconds(lambda: target.copy_(source), device))
+                taken, result = timed(entry.run, device)
+                times[name].append(taken)
+                return result
+
+            try:
+                observed[name] = observe(entry, device, call)
+            except UntrustedError as error:
+                caught[name] = str(error)
+        caught |= compare(observed, yardstick)
+    spreads = {name: Spread.of(taken) for name, taken in times.items() if name not in caught}
+    return Timing(spreads, caught, 2 * COPY_BYTES / statistics.median(copies))
+
+
+def report_caught(caught: dict[Any, str], where: str) -> None:
+    """Say on stderr which providers have no time, and why."""
+    for name, reason in caught.items():
+        shown = " ".join(name) if isinstance(name, tuple) else name
+        print(f"RED {shown} {where}: {reason}; no time is given", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -181,6 +216,59 @@ def circumstances(device: str) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Case:
+    """A part of a suite that is measured and printed as one: rows, and whether everything was right.
+
+    ``cost`` is in proportion to its time, among the cases of its suite.
+    """
+
+    label: str
+    cost: float
+    measure: Callable[[], tuple[list[dict[str, Any]], bool]]
+
+
+def without(name: str, reason: str) -> None:
+    """Say that a provider is not measured, and why."""
+    print(f"without {name}: {reason}", file=sys.stderr)
+
+
+def present(providers: Iterable[str], device: str) -> list[str]:
+    """The providers that can run here; those that need a compiler which is missing are named with that reason."""
+    compiler = os.environ.get("CXX", "g++")
+    lacking = device == "cpu" and shutil.which(compiler) is None
+    kept = []
+    for name in providers:
+        if lacking and name.endswith("compiled"):
+            without(name, f"torch.compile needs a C++ compiler, and there is no {compiler}")
+        else:
+            kept.append(name)
+    return kept
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a case may take: most of what is left."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_on_the_processor()
+    return int(0.8 * free)
+
+
+def _free_on_the_processor() -> int:
+    """What Linux would give without swapping; elsewhere free pages."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fits(label: str, needed: int, device: str) -> bool:
+    """Whether there is memory for a case; says so if there is not."""
+    free = free_bytes(device)
+    if needed > free:
+        without(label, f"it needs about {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are to spare")
+    return needed <= free
+
+
 def announce(context: dict[str, Any]) -> None:
     """Print ``circumstances`` above the table."""
     for key, value in context.items():
@@ -190,6 +278,16 @@ def announce(context: dict[str, Any]) -> None:
 def shape_list(text: str) -> list[tuple[int, ...]]:
     """``"1024x1024,64x3x3"`` as tuples, for an option."""
     return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+
+
+def integers(text: str) -> list[int]:
+    """``"1,8,64"`` as numbers, for an option."""
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """``"csq,torch"`` as a list, for an option."""
+    return text.split(",")
 
 
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:

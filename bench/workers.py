@@ -1,6 +1,8 @@
 """A process for each family of providers: the idle threads of one library, which may spin, cannot slow another's."""
 
+import dataclasses
 import importlib
+import math
 import multiprocessing
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,8 +12,19 @@ from typing import Any
 from accuracy import Verdict
 from harness import steady_seconds
 from peers import FAMILIES, Shape, Walk
+from trust import UntrustedError, observe
 
 from csq_kernels import _native
+
+
+def inspected(walk: Walk) -> Walk:
+    """The walk, with a verdict that lets nothing pass if it cannot be trusted."""
+    try:
+        if walk.inputs:
+            observe(walk, "cpu", walk.run)
+    except UntrustedError as error:
+        return dataclasses.replace(walk, verdict=Verdict(math.inf, str(error)))
+    return walk
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ def serve(
         for provider in kept:
             about = (provider.name, provider.bits, provider.activation)
             try:
-                walk = provider.walk(shape, batch, threads)
+                walk = inspected(provider.walk(shape, batch, threads))
             except Exception as error:
                 if family == "csq":
                     raise

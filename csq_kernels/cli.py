@@ -12,7 +12,7 @@ except ImportError:
 
 def app() -> "typer.Typer":
     """The command with its sub-commands."""
-    from csq_kernels.commands import data, info, packed, report, train
+    from csq_kernels.commands import bench, data, info, packed, report, train
 
     command = typer.Typer(
         name="csq",
@@ -30,6 +30,7 @@ def app() -> "typer.Typer":
         "inspect": packed.inspect,
         "verify": packed.verify,
         "eval": packed.evaluate,
+        "bench": bench.bench,
         "data": data.data,
         "info": info.info,
     }

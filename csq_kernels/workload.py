@@ -5,10 +5,10 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ _FLOAT_BITS = 32
 _ROUNDS, _LEAST_ROUNDS, _SECONDS, _ROUND_NANOSECONDS = 25, 3, 10.0, 100_000
 # Scale of the random codes' weights; any that is finite takes the same time.
 _SCALE = 1e-3
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def workload(model: nn.Module, *example_inputs: Any, latency: bool = False, prec
         name: leaders[id(module.bit_logits)] for name, module in model.named_modules() if isinstance(module, CSQLayer)
     }
     macs, operations = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-    for name, _, _, count, bits in _calls(model, list(members), example_inputs):
-        macs[members[name]] += count
-        operations[members[name]] += count * bits
+    for call in calls(model, list(members), example_inputs):
+        macs[members[call.name]] += call.macs
+        operations[members[call.name]] += call.macs * call.input_bits
     if not latency:
         return Workload(macs, operations)
     return Workload(macs, operations, *_Latency(model, members, example_inputs, precision).measure())
@@ -125,18 +126,25 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-_Call = tuple[str, tuple[Any, ...], dict[str, Any], int, int]
+class Call(NamedTuple):
+    """One call of a layer in a forward pass."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    macs: int
+    input_bits: int
 
 
-def _calls(model: nn.Module, names: list[str], example_inputs: tuple[Any, ...]) -> list[_Call]:
-    """Every call of the layers ``names`` in a pass: name, arguments, multiplications, bits of the input."""
-    calls: list[_Call] = []
+def calls(model: nn.Module, names: Sequence[str], example_inputs: tuple[Any, ...]) -> list[Call]:
+    """Every call of the CSQ or packed layers ``names`` in a pass in evaluation mode."""
+    found: list[Call] = []
 
     def note(name: str):
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             quantizer = layer.input_quantizer
             bits = _FLOAT_BITS if quantizer is None else getattr(quantizer, "bits", _FLOAT_BITS)
-            calls.append((name, args, kwargs, _macs(layer, args[0] if args else kwargs["input"], output), bits))
+            found.append(Call(name, args, kwargs, _macs(layer, args[0] if args else kwargs["input"], output), bits))
 
         return hook
 
@@ -147,7 +155,7 @@ def _calls(model: nn.Module, names: list[str], example_inputs: tuple[Any, ...]) 
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return found
 
 
 def _macs(layer: Any, input: Tensor, output: Tensor) -> int:
@@ -160,6 +168,39 @@ def _macs(layer: Any, input: Tensor, output: Tensor) -> int:
     if layer.transposed:
         return input.numel() * (layer.out_channels // layer.groups) * taps
     return output.numel() * (layer.in_channels // layer.groups) * taps
+
+
+def nanoseconds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> int:
+    """Time of a call, the mean of a few in a row after one that warms the caches."""
+
+    def now() -> int:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter_ns()
+
+    begin = now()
+    module(*args, **kwargs)
+    once = max(1, now() - begin)
+    repeats = max(1, min(20, _ROUND_NANOSECONDS // once))
+    begin = now()
+    for _ in range(repeats):
+        module(*args, **kwargs)
+    return round((now() - begin) / repeats)
+
+
+def medians(timers: Mapping[_Key, Callable[[], int]]) -> dict[_Key, int]:
+    """The median of what each timer says, in rounds over all of them.
+
+    What disturbs the machine for a while falls into one round of each, not into all of one.
+    """
+    times: dict[_Key, list[int]] = {key: [] for key in timers}
+    start = time.monotonic()
+    for done in range(_ROUNDS):
+        if done >= _LEAST_ROUNDS and time.monotonic() - start > _SECONDS:
+            break
+        for key, timer in timers.items():
+            times[key].append(timer())
+    return {key: round(statistics.median(rounds)) for key, rounds in times.items()}
 
 
 class _Latency:
@@ -191,29 +232,32 @@ class _Latency:
             for name in self.layers:
                 self._fill(name, bits)
             networks.append(copy.deepcopy(self.model))
-        calls = _calls(self.model, list(self.layers), self.example_inputs)
-        layers: dict[tuple[str, int], list[int]] = {}
-        whole: dict[int, list[int]] = {}
-        # Rounds over everything: what disturbs the machine for a while falls into one round of each, not all of one.
-        start = time.monotonic()
-        for done in range(_ROUNDS):
-            if done >= _LEAST_ROUNDS and time.monotonic() - start > _SECONDS:
-                break
-            for bits, network in enumerate(networks):
-                for name in self.layers:
-                    if bits < self.n_bits[name] + 2:
-                        layer = network.get_submodule(name)
-                        own = [self._time(layer, args, kwargs) for called, args, kwargs, *_ in calls if called == name]
-                        layers.setdefault((name, bits), []).append(sum(own))
-                whole.setdefault(bits, []).append(self._time(network, self.example_inputs, {}))
+        called = calls(self.model, list(self.layers), self.example_inputs)
+
+        def layer_timer(name: str, network: nn.Module) -> Callable[[], int]:
+            layer = network.get_submodule(name)
+            own = [(call.args, call.kwargs) for call in called if call.name == name]
+            return lambda: sum(nanoseconds(layer, *arguments, self.device) for arguments in own)
+
+        def network_timer(network: nn.Module) -> Callable[[], int]:
+            return lambda: nanoseconds(network, self.example_inputs, {}, self.device)
+
+        timers: dict[tuple[str | None, int], Callable[[], int]] = {}  # no name: the whole network
+        for bits, network in enumerate(networks):
+            for name in self.layers:
+                if bits < self.n_bits[name] + 2:
+                    timers[name, bits] = layer_timer(name, network)
+            timers[None, bits] = network_timer(network)
+        times = medians(timers)
         table = {leader: [0] * (self.n_bits[leader] + 2) for leader in self.members.values()}
-        for (name, bits), rounds in layers.items():
-            table[self.members[name]][bits] += round(statistics.median(rounds))
+        for (layer, bits), value in times.items():
+            if layer is not None:
+                table[self.members[layer]][bits] += value
         increasing = {name: _increasing(row) for name, row in table.items()}
         # What a network takes beyond its layers, whatever the width.
         rests = [
-            statistics.median(rounds) - sum(row[min(bits, len(row) - 1)] for row in increasing.values())
-            for bits, rounds in whole.items()
+            times[None, bits] - sum(row[min(bits, len(row) - 1)] for row in increasing.values())
+            for bits in range(len(networks))
         ]
         return increasing, max(0, round(statistics.median(rests)))
 
@@ -233,22 +277,6 @@ class _Latency:
         scale = torch.full((channels,), _SCALE, device=self.device)
         active = range(max(bits - 1, min(bits, 1)))
         layer.adopt_codes_(codes.to(self.device), scale, n_bits, active, self.dtypes[name], self.precision)
-
-    def _time(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Nanoseconds that a call takes, the mean of a few in a row after one that warms the caches."""
-        begin = self._now()
-        module(*args, **kwargs)
-        once = max(1, self._now() - begin)
-        repeats = max(1, min(20, _ROUND_NANOSECONDS // once))
-        begin = self._now()
-        for _ in range(repeats):
-            module(*args, **kwargs)
-        return round((self._now() - begin) / repeats)
-
-    def _now(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter_ns()
 
 
 def _increasing(row: list[int]) -> tuple[int, ...]:

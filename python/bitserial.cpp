@@ -160,6 +160,10 @@ void run_linear(const Linear& linear, Address input, Address tiles, Address step
                           scratch.get(), threads);
 }
 
+const char* linear_path(const Linear& linear, int64_t batch, const std::string& precision_name) {
+    return cpu::bitserial_linear_path(linear.weight, parse_precision(precision_name), batch);
+}
+
 void run_conv2d(const Conv2d& conv, Address input, Address tiles, Address step, Address bias, Address output,
                 int64_t batch, const Pair& size, const std::string& precision_name, int threads) {
     require_from("threads", threads, 1);
@@ -218,7 +222,9 @@ void bind_bitserial(py::module_& m) {
              py::arg("step_per_row"))
         .def("__call__", &run_linear, unlocked, "output = input W^T + bias for a weight in tiles; bias may be 0.",
              py::arg("input"), py::arg("tiles"), py::arg("step"), py::arg("bias"), py::arg("output"), py::arg("batch"),
-             py::arg("precision"), py::arg("threads"));
+             py::arg("precision"), py::arg("threads"))
+        .def("path", &linear_path, "How a call computes: look-up, byte products or float products.", py::arg("batch"),
+             py::arg("precision"));
     m.def(
         "bitserial_weight_of_planes",
         [](Address planes, int64_t outer, int64_t channels, int64_t inner, const std::vector<int>& coefficients,

@@ -66,27 +66,49 @@ def test_lines_and_plot_of_the_step(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.glob("step-16x24.*")} == {".png", ".svg"}
 
 
+# Notes how it was called; a bench leaves a line of results.
 TOOL = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$CALLS"
-case "$*" in *get_device_capability*) echo 90a ;; *"$FAILS"*) exit 3 ;; esac
+case "$*" in
+    *get_device_capability*) echo 90a ;;
+    *"query-gpu=name --"*) echo "$GPU" ;;
+    describe*) [ -n "$COMMIT" ] && echo "$COMMIT" ;;
+    *"$FAILS"*) exit 3 ;;
+esac
+while [ $# -gt 1 ]; do
+    [ "$1" != --out ] || echo "{\\"commit\\": \\"${COMMIT:-$CSQ_COMMIT}\\"}" >>"$2"
+    shift
+done
 """
 
 
-def run_gpu_script(folder: Path, tools: list[str], fails: str = "nothing") -> tuple[int, str, list[str]]:
+def run_gpu_script(
+    folder: Path, tools: list[str], fails: str = "nothing", commit: str = "abc1234", gpu: str = "NVIDIA H100"
+) -> tuple[int, str, list[str]]:
     """Exit status and output of gpu.sh where ``tools`` only note how they were called, and those calls."""
     binaries = folder / "bin"
-    binaries.mkdir()
+    binaries.mkdir(exist_ok=True)
     for tool in tools:
         (binaries / tool).write_text(TOOL)
         (binaries / tool).chmod(0o755)
     calls = folder / "calls"
     environment = {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHON": str(binaries / "python3"), "OUT": str(folder / "out")}
-    environment |= {"CALLS": str(calls), "FAILS": fails, "TMPDIR": str(folder)}
+    environment |= {"CALLS": str(calls), "FAILS": fails, "TMPDIR": str(folder), "COMMIT": commit, "GPU": gpu}
+    calls.unlink(missing_ok=True)
     done = subprocess.run(["bash", BENCH / "gpu.sh"], env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
 
-TOOLS = ["python3", "nvidia-smi", "nvcc", "compute-sanitizer"]
+TOOLS = ["python3", "git", "nvidia-smi", "nvcc", "compute-sanitizer"]
+BENCHES = ["reconstruct_launch", "reconstruct", "reconstruct_bfloat16", "reconstruct_3_bits", "step", "csq_linear"]
+BENCHES += ["csq_conv2d", "bitserial_cuda", "model", "scaling"]
+PARTS = ["environment", "build", "info", "tests", "large", *(f"bench_{name}" for name in BENCHES)]
+PARTS += ["memcheck", "racecheck", "initcheck", "status"]
+
+
+def ran(output: str) -> list[str]:
+    """The parts that were run, and ended well."""
+    return [line.split()[1].rstrip(":") for line in output.splitlines() if ": exit status 0" in line]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="runs bash")
@@ -94,14 +116,11 @@ def test_gpu_script_runs_every_part(tmp_path: Path) -> None:
     status, output, calls = run_gpu_script(tmp_path, TOOLS)
     assert status == 0, output
     assert "command not found" not in output and "unbound" not in output, output
-    parts = ["environment", "build", "info", "tests", "large", "reconstruct_launch", "reconstruct"]
-    parts += ["reconstruct_bfloat16", "reconstruct_3_bits", "step", "csq_linear", "csq_conv2d", "bitserial"]
-    parts += ["memcheck", "racecheck", "initcheck", "status"]
-    assert [line.split()[1].rstrip(":") for line in output.splitlines() if ": exit status 0" in line] == parts
-    assert all((tmp_path / "out" / f"{part}.log").exists() for part in parts)
+    assert ran(output) == PARTS
+    assert all((tmp_path / "out" / f"{part}.log").exists() for part in PARTS)
     assert sum(call.startswith("compute-sanitizer") for call in calls) == 3
     benches = [call for call in calls if "bench/run.py" in call]
-    assert all("--device cuda" in call and f"--out {tmp_path}/out/" in call for call in benches) and len(benches) == 7
+    assert all("--device cuda" in call and f"--out {tmp_path}/out/" in call for call in benches) and len(benches) == 9
     assert not list(tmp_path.glob("tmp.*"))
 
 
@@ -109,9 +128,51 @@ def test_gpu_script_runs_every_part(tmp_path: Path) -> None:
 def test_gpu_script_goes_on_after_a_failure_and_without_the_sanitizer(tmp_path: Path) -> None:
     status, output, calls = run_gpu_script(tmp_path, TOOLS[:-1], fails="reconstruct_bfloat16.jsonl")
     assert status == 1
-    assert output.splitlines()[-1] == "failed: reconstruct_bfloat16"
+    assert output.splitlines()[-1] == "failed: bench_reconstruct_bfloat16"
     assert "memcheck: skipped, compute-sanitizer is not on PATH" in output
     assert "status.py" in calls[-1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="runs bash")
+def test_gpu_script_goes_on_where_it_was(tmp_path: Path) -> None:
+    again = ["environment", "build", "info", "status"]
+    assert run_gpu_script(tmp_path, TOOLS, fails="racecheck")[0] == 1
+    status, output, calls = run_gpu_script(tmp_path, TOOLS)
+    assert status == 0 and ran(output) == [*again[:-1], "racecheck", "status"], output
+    assert "bench_step: done before at commit abc1234 on NVIDIA H100" in output
+    assert ran(run_gpu_script(tmp_path, TOOLS)[1]) == again
+    # Results that are gone are measured again, as is everything on another GPU, at another commit, or of changed files.
+    (tmp_path / "out" / "step.jsonl").unlink()
+    assert ran(run_gpu_script(tmp_path, TOOLS)[1]) == [*again[:-1], "bench_step", "status"]
+    assert ran(run_gpu_script(tmp_path, TOOLS, gpu="NVIDIA A100")[1]) == PARTS
+    assert ran(run_gpu_script(tmp_path, TOOLS, commit="def5678")[1]) == PARTS
+    for _ in range(2):
+        assert ran(run_gpu_script(tmp_path, TOOLS, commit="def5678-dirty")[1]) == PARTS
+
+
+def test_results_are_merged_by_commit(tmp_path: Path) -> None:
+    def row(op: str, commit: str | None, time: str) -> dict[str, Any]:
+        return {"op": op, "commit": commit, "time": time, "value": 1.5}
+
+    older, newer = row("step", "old", "2026-01-01"), row("step", "new", "2026-01-02")
+    latest, model = row("step", "old", "2026-01-03"), row("model", "new", "2026-01-02")
+    for folder, rows in (("a", [newer, latest, older]), ("b", [older, row("step", "old-dirty", "2026-01-04"), model])):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps(each) + "\n" for each in [*rows, row("step", None, "2026-01-05")]]
+        (tmp_path / folder / "lines.jsonl").write_text("".join(lines) + '{"op": "st')
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "step.jsonl").write_text(json.dumps(row("step", "before", "2025-12-01")) + "\n")
+    command = [sys.executable, BENCH / "merge.py", "--results", results, tmp_path / "a", tmp_path / "b"]
+    for expected in ("4 lines merged", "0 lines merged"):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected and done.stderr.count("a line that is not whole") == 2
+    merged = [json.loads(line) for line in (results / "step.jsonl").read_text().splitlines()]
+    assert [each["commit"] for each in merged] == ["before", "old", "old", "new"]
+    assert [each["time"] for each in merged[1:3]] == ["2026-01-01", "2026-01-03"]
+    assert json.loads((results / "model.jsonl").read_text()) == model
+    missing = subprocess.run([*command, tmp_path / "none"], check=False, capture_output=True, text=True)
+    assert missing.returncode == 2 and "expected a folder with results" in missing.stderr
 
 
 def line(**changes: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def assert_fails(result, code: int, *parts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], *([name] for name in "train report compare pack inspect verify eval data info".split())]
+    "arguments", [[], *([name] for name in "train report compare pack inspect verify eval bench data info".split())]
 )
 def test_help(arguments):
     result = csq(*arguments, "--help")
@@ -119,10 +119,34 @@ def test_eval(run):
     assert_fails(csq("eval", file, "--precision", "low"), commands.USAGE, "expected --precision", "'low'")
 
 
+def test_bench(run):
+    file = str(run / running.PACKED)
+    plain = csq("bench", file, "--batch", "3", "--precision", "int8", "--threads", "1")
+    assert plain.exit_code == 0, plain.output
+    for part in ("precision int8, batch 3, threads 1", "layer", "stored bits", "hidden1", "32x64", "whole network"):
+        assert part in plain.output
+    content = json.loads(csq("bench", file, "--json").stdout)
+    assert (content["file"], content["precision"], content["batch"]) == (file, "exact", 1)
+    assert [layer["name"] for layer in content["layers"]] == ["hidden1", "hidden2", "head"]
+    inspected = json.loads(csq("inspect", file, "--json").stdout)["packed"]["layers"]
+    stored = {layer["name"]: layer["stored_bits"] for layer in inspected}
+    for row in (content, *content["layers"]):
+        assert row["ratio"] == pytest.approx(row["float_ms"] / row["packed_ms"])
+    for layer in content["layers"]:
+        assert layer["kernel"] and layer["stored_bits"] == stored[layer["name"]]
+    assert_fails(csq("bench", file, "--precision", "all"), commands.USAGE, "expected --precision", "'all'")
+    assert csq("bench", file, "--batch", "0").exit_code == commands.USAGE
+
+
 def test_files_and_runs_that_are_none(run, tmp_path):
     damaged = tmp_path / "damaged"
     damaged.write_bytes((run / running.PACKED).read_bytes()[:-1])
-    for arguments in (["inspect", damaged], ["eval", damaged], ["verify", damaged, "--against", run]):
+    for arguments in (
+        ["inspect", damaged],
+        ["eval", damaged],
+        ["bench", damaged],
+        ["verify", damaged, "--against", run],
+    ):
         assert_fails(csq(*map(str, arguments)), commands.FAILED, str(damaged))
     assert_fails(csq("inspect", str(tmp_path / "none")), commands.FAILED, "No such file")
     assert_fails(csq("pack", str(tmp_path), "--out", "file"), commands.FAILED, "expected a checkpoint")
@@ -135,7 +159,8 @@ def test_files_and_runs_that_are_none(run, tmp_path):
     model = runs.network(packed.inspect(run / running.PACKED).extra)
     packed.load_packed(model, run / running.PACKED)
     packed.save_packed(model, anonymous)
-    assert_fails(csq("eval", str(anonymous)), commands.USAGE, "expected a file that says model")
+    for command in ("eval", "bench"):
+        assert_fails(csq(command, str(anonymous)), commands.USAGE, "expected a file that says model")
     packed.save_packed(model, strange, {"model": "mlp", "options": {"speed": 3}, "sizes": [1, 8, 10], "data": "digits"})
     assert_fails(csq("eval", str(strange)), commands.USAGE, "got 'speed'")
 

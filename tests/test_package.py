@@ -29,7 +29,7 @@ RANKS = [
     {"functional"},
     {"nn"},
     {"workload"},
-    {"budget", "optim", "report", "packed", "packed_header"},
+    {"budget", "layer_times", "optim", "report", "packed", "packed_header"},
     {"search"},
     {"train", "commands", "cli", "integrations", "__init__"},
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from accuracy import Verdict
-from harness import Entry
+from trust import Entry
 
 # Four times the last-level cache of common servers, so that batch 1 reads every weight from memory.
 COLD_BYTES = 144_000_000
@@ -19,7 +19,10 @@ Shape = tuple[int, int]  # of a weight: outputs, inputs
 
 @dataclass(frozen=True)
 class Walk(Entry):
-    """One call of each of several layers; ``weight_bytes`` is what they store, scales included."""
+    """One call of each of several layers; ``weight_bytes`` is what they store, scales included.
+
+    One without ``inputs`` keeps them and its results to itself, and cannot be inspected.
+    """
 
     layers: int = 1
     weight_bytes: int = 0

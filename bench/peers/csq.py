@@ -10,6 +10,7 @@ from accuracy import Norms, Verdict, twice
 from torch import Tensor
 
 from csq_kernels import reference
+from csq_kernels._ops import MAX_BITS
 from csq_kernels.backends.memory import new_empty_aligned
 from csq_kernels.nn.packed import PackedLinear
 from peers import Provider, Shape, Walk, chain
@@ -29,9 +30,14 @@ def random_codes(shape: Shape, bits: int) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.int32)
 
 
+def n_bits_of(bits: int) -> int:
+    """``n`` of equation (7) for so many planes."""
+    return N_BITS if bits <= N_BITS else MAX_BITS
+
+
 @functools.cache
 def packed(shape: Shape, bits: int) -> PackedLinear:
-    return PackedLinear.from_codes(random_codes(shape, bits), SCALE, N_BITS)
+    return PackedLinear.from_codes(random_codes(shape, bits), SCALE, n_bits_of(bits))
 
 
 def another(layer: PackedLinear, precision: str) -> PackedLinear:
@@ -43,11 +49,11 @@ def another(layer: PackedLinear, precision: str) -> PackedLinear:
     return again
 
 
-def rounded_to_int8(x: Tensor) -> Tensor:
+def rounded_to_int8(x: Tensor, block: int = 128) -> Tensor:
     """``x`` in 8 bits with a step for each 128 columns, in float64: what ONNX Runtime's int8 mode multiplies with."""
-    blocks = F.pad(x.double(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    blocks = F.pad(x.double(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     step = blocks.abs().amax(-1, keepdim=True) / 127
-    return ((blocks / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+    return ((blocks / step).nan_to_num().round() * step).flatten(-2)[..., : x.shape[-1]]
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -68,8 +74,8 @@ class Products:
 def products(shape: Shape, bits: int, batch: int) -> Products:
     codes = random_codes(shape, bits)
     x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(0))
-    fp32 = F.linear(x, reference.hard_weight(codes, SCALE, N_BITS, 0))
-    weight = reference.hard_weight(codes, SCALE.double(), N_BITS, 0)
+    fp32 = F.linear(x, reference.hard_weight(codes, SCALE, n_bits_of(bits), 0))
+    weight = reference.hard_weight(codes, SCALE.double(), n_bits_of(bits), 0)
     exact, rounded = F.linear(torch.stack([x.double(), rounded_to_int8(x)]), weight)
     return Products(x, exact, fp32, rounded)
 
@@ -107,13 +113,13 @@ class Packed:
         inputs = {each: torch.randn(batch, each[1]) for each in shapes[:2]}
         calls = [(layer, inputs[each]) for layer, each in zip(layers, shapes, strict=True)]
 
-        def run() -> None:
+        def run() -> list[Tensor]:
             with torch.inference_mode():
-                for layer, x in calls:
-                    layer(x)
+                return [layer(x) for layer, x in calls]
 
         weight_bytes = sum(n * k for n, k in shapes) * self.bits // 8
-        return Walk(run, layers=len(shapes), weight_bytes=weight_bytes, verdict=verdict)
+        given = tuple(inputs.values())
+        return Walk(run, inputs=given, layers=len(shapes), weight_bytes=weight_bytes, verdict=verdict)
 
 
 def available() -> str | None:

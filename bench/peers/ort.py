@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from peers import Provider, Shape, Walk, chain
 
@@ -79,7 +80,13 @@ class MatMulNBits:
         layers = session(weights, scales, self.bits, self.level, threads, self.lut)
         x = random.standard_normal((batch, shapes[0][1]), dtype=np.float32)
         weight_bytes = sum(n * k * self.bits // 8 + n * k // BLOCK * 4 for n, k in shapes)
-        return Walk(lambda: layers.run(None, {"x": x}), layers=len(shapes), weight_bytes=weight_bytes)
+        return Walk(
+            lambda: layers.run(None, {"x": x})[0],
+            inputs=(torch.from_numpy(x),),  # the same memory
+            outputs=lambda y: [torch.from_numpy(y)],
+            layers=len(shapes),
+            weight_bytes=weight_bytes,
+        )
 
 
 def providers() -> list[Provider]:

@@ -43,15 +43,19 @@ def int8pack(shape: Shape) -> Layer:
     return Layer(lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales), codes.nbytes + scales.nbytes)
 
 
+def prepack(codes: Tensor, scales: Tensor, bias: Tensor | None = None):
+    """What ``quantized.linear_dynamic`` of the current engine takes for the weight ``scales * codes``."""
+    zeros = torch.zeros(codes.shape[0], dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still the fastest int8 layer of PyTorch on a CPU
+        weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+    return torch.ops.quantized.linear_prepack(weight, bias)
+
+
 def dynamic(shape: Shape, engine: str) -> Layer:
     torch.backends.quantized.engine = engine
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
-    scales = torch.full(shape[:1], 1 / (73 * shape[1] ** 0.5), dtype=torch.float64)
-    zeros = torch.zeros(shape[0], dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still the fastest int8 layer of PyTorch on a CPU
-        weight = torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0)
-    packed = torch.ops.quantized.linear_prepack(weight, None)
+    packed = prepack(codes, torch.full(shape[:1], 1 / (73 * shape[1] ** 0.5)))
     return Layer(lambda x: torch.ops.quantized.linear_dynamic(x, packed, True), codes.nbytes + 4 * shape[0])
 
 
@@ -69,13 +73,15 @@ class Linear:
         dtype = torch.bfloat16 if self.activation == "bf16" else torch.float32
         first = torch.randn(batch, shapes[0][1]).to(dtype)
 
-        def run() -> None:
+        def run() -> Tensor:
             x = first
             with torch.inference_mode():
                 for layer in layers:
                     x = layer.run(x)
+            return x
 
-        return Walk(run, layers=len(layers), weight_bytes=sum(layer.weight_bytes for layer in layers))
+        weight_bytes = sum(layer.weight_bytes for layer in layers)
+        return Walk(run, inputs=(first,), layers=len(layers), weight_bytes=weight_bytes)
 
 
 def available() -> str | None:

@@ -1,16 +1,18 @@
 """Linear layers of packed bit-planes against those of other libraries; the weights come from memory."""
 
 import argparse
+import functools
 import itertools
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-from harness import Spread, announce, circumstances, shape_list, steady_seconds
+from harness import Case, Spread, integers, names, shape_list, steady_seconds, without
 from peers import COLD_BYTES, FAMILIES, Shape
 from peers.csq import PRECISIONS
 from workers import Ready, Worker
@@ -81,7 +83,7 @@ def measure(
     timed: list[tuple[Worker, Ready]] = []
     for worker, ready in prepared:
         if ready.missing is not None:
-            print(f"without {ready.name}, {where}: {ready.missing}", file=sys.stderr)
+            without(f"{ready.name}, {where}", ready.missing)
         elif ready.verdict is not None and not ready.verdict.error <= 1:
             right = False
             print(
@@ -128,6 +130,9 @@ def measure(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    first = rows[0]
+    where = f"{first['shape'][0]}x{first['shape'][1]}, batch {first['batch']}, {first['threads']} threads"
+    print(f"\n{where}, read ceiling {first['read_bytes_per_second'] / 1e9:.1f} GB/s")
     columns = "{:>4} {:20} {:>10} {:>10} {:>19} {:>6} {:>7} {:>7} {:>8} {:20} {:>5}"
     print(
         columns.format(*"bits provider activation median p20..p80 GB/s ceiling vs_fp32 vs_peer best_peer error".split())
@@ -151,14 +156,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 "" if error is None else f"{error:.2f}",
             )
         )
-
-
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -190,30 +187,44 @@ def start(options: argparse.Namespace) -> list[Worker]:
         if worker.missing is None:
             workers.append(worker)
         else:
-            print(f"without {family}: {worker.missing}", file=sys.stderr)
+            without(family, worker.missing)
             worker.stop()
     return workers
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Measure and print each shape, batch and number of threads: its rows, and whether everything was right."""
+class Workers:
+    """Those of the shape at hand: another shape has workers of its own, whose memory is not yet in pieces."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.shape: Shape | None = None
+        self.workers: list[Worker] = []
+
+    def measure(self, shape: Shape, batch: int, threads: int) -> tuple[list[dict[str, Any]], bool]:
+        if shape != self.shape:
+            self.stop()
+            self.shape, self.workers = shape, start(self.options)
+        rows, right = measure(self.workers, shape, batch, threads, self.options.rounds)
+        versions = {name: version for worker in self.workers for name, version in worker.version.items()}
+        return [{**row, "versions": versions} for row in rows], right
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each shape, batch and number of threads; the processes of the last shape end with this one."""
     if options.isa == "avx2":
         os.environ.update(AVX2_ENVIRONMENT)
         print("avx2: csq and torch keep to it; onnxruntime and ggml cannot be told to and use what the processor has")
-    context = circumstances("cpu")
-    announced = False
-    for shape in options.shapes:
-        workers = start(options)
-        for worker in workers:
-            context["versions"].update(worker.version)
-        if not announced:
-            announce(context)
-            announced = True
-        for batch, threads in itertools.product(options.batches, options.threads):
-            rows, right = measure(workers, shape, batch, threads, options.rounds)
-            ceiling = rows[0]["read_bytes_per_second"] / 1e9
-            print(f"\n{shape[0]}x{shape[1]}, batch {batch}, {threads} threads, read ceiling {ceiling:.1f} GB/s")
-            print_rows(rows)
-            yield [{**row, **context} for row in rows], right
-        for worker in workers:
-            worker.stop()
+    workers = Workers(options)
+    # Some of the time goes with the bytes of the weights, some with the products.
+    return [
+        Case(
+            f"{shape[0]}x{shape[1]} batch {batch}, {threads} threads",
+            math.prod(shape) * (8 + batch),
+            functools.partial(workers.measure, shape, batch, threads),
+        )
+        for shape, batch, threads in itertools.product(options.shapes, options.batches, options.threads)
+    ]

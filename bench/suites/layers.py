@@ -1,13 +1,16 @@
 """A layer's training step with its GEMM, and what launching the reconstruction costs."""
 
 import argparse
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import DTYPES, Entry, Spread, announce, circumstances, interleave, shape_list
+from harness import DTYPES, Case, Spread, interleave, report_caught, shape_list
 from torch import Tensor, nn
+from trust import Entry
 
 from csq_kernels import functional
 from csq_kernels.nn import CSQConv2d, CSQLinear
@@ -19,14 +22,16 @@ LAUNCHES = 100  # in one CUDA graph
 def _step(layer: nn.Module, input: Tensor, grad_output: Tensor) -> Entry:
     """Forward and backward of a layer, with the gradient of its input as inside a network."""
 
-    def run() -> None:
-        layer(input).backward(grad_output)
+    def run() -> Tensor:
+        output = layer(input)
+        output.backward(grad_output)
+        return output
 
     def clear() -> None:
         input.grad = None
         layer.zero_grad(set_to_none=True)
 
-    return Entry(run, clear)
+    return Entry(run, clear, (input, grad_output), lambda output: [output, input.grad, layer.bias.grad])
 
 
 def _share(layer: CSQLinear | CSQConv2d) -> Entry:
@@ -36,7 +41,7 @@ def _share(layer: CSQLinear | CSQConv2d) -> Entry:
     def run() -> None:
         layer.weight.backward(grad_weight)
 
-    return Entry(run, lambda: layer.zero_grad(set_to_none=True))
+    return Entry(run, lambda: layer.zero_grad(set_to_none=True), (grad_weight,), lambda _: [layer.bit_logits.grad])
 
 
 def _run_layer(
@@ -63,7 +68,11 @@ def _run_layer(
         "csq": _step(csq_layer, input, grad_output),
         "csq-weight": _share(csq_layer),
     }
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device, {"csq": "float"}.get)
+    times, bandwidth = timing.spreads, timing.bandwidth
+    report_caught(timing.caught, f"{op} {shape}")
+    if timing.caught:
+        return [], False
     return [
         {
             "op": op,
@@ -100,7 +109,7 @@ def run_conv2d(shape: tuple[int, ...], options: argparse.Namespace) -> Result:
     return _run_layer("csq_conv2d", shape, options, float_layer, csq_layer, (images, inputs, size, size))
 
 
-def _graph(run: Callable[[], object]) -> Entry:
+def _graph(run: Callable[[], Tensor | None], *inputs: Tensor) -> Entry:
     """``LAUNCHES`` calls in one CUDA graph: the device's time, without Python's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -110,8 +119,8 @@ def _graph(run: Callable[[], object]) -> Entry:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
         for _ in range(LAUNCHES):
-            run()
-    return Entry(graph.replay)
+            result = run()
+    return Entry(graph.replay, inputs=inputs, outputs=lambda _: [result])
 
 
 def run_launch(shape: tuple[int, ...], options: argparse.Namespace) -> Result:
@@ -120,13 +129,17 @@ def run_launch(shape: tuple[int, ...], options: argparse.Namespace) -> Result:
     gates = torch.randn(options.n_bits, device="cuda")
     scale, temperature = torch.ones((), device="cuda"), torch.ones((), device="cuda")
     entries = {
-        "empty": _graph(lambda: torch.cuda._sleep(0)),
-        "csq": _graph(lambda: functional.reconstruct(logits, gates, scale, temperature)),
+        "empty": _graph(lambda: torch.cuda._sleep(0) or scale),  # computes nothing, so that no input may change it
+        "csq": _graph(lambda: functional.reconstruct(logits, gates, scale, temperature), logits),
     }
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device)
+    bandwidth = timing.bandwidth
+    report_caught(timing.caught, f"reconstruct_launch {shape}")
+    if timing.caught:
+        return [], False
     each = {
         name: Spread(spread.median / LAUNCHES, spread.p20 / LAUNCHES, spread.p80 / LAUNCHES)
-        for name, spread in times.items()
+        for name, spread in timing.spreads.items()
     }
     return [
         {
@@ -179,16 +192,16 @@ class Suite:
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--rounds", type=int, default=5)
 
-    def run(self, options: argparse.Namespace) -> Iterator[Result]:
-        """Measure and print each shape: its rows, and whether everything was right."""
+    def cases(self, options: argparse.Namespace) -> list[Case]:
+        """One for each shape."""
         options.dtype = DTYPES[options.dtype]
         torch.set_num_threads(options.threads)
-        context = circumstances(options.device)
-        announce(context)
-        for shape in options.shapes:
-            rows, right = self.measure(shape, options)
-            print_rows(rows)
-            yield [{**row, **context} for row in rows], right
+        return [
+            Case("x".join(map(str, shape)), math.prod(shape), functools.partial(self.measure, shape, options))
+            for shape in options.shapes
+        ]
+
+    print_rows = staticmethod(print_rows)
 
 
 SUITES = {

@@ -1,8 +1,8 @@
 """Reconstruction of the weight, equation (3), against plain PyTorch."""
 
 import argparse
+import functools
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import DTYPES, Entry, announce, circumstances, interleave, peak_bytes, shape_list
+from harness import DTYPES, Case, fits, interleave, peak_bytes, present, report_caught, shape_list
 from torch import Tensor
+from trust import Entry
 
 from csq_kernels import functional, reference
 
@@ -19,6 +20,7 @@ PROVIDERS = ("reference", "reference-compiled", "eager", "compiled", "csq")
 BASELINES = PROVIDERS[:-1]
 MODES = ("forward", "forward+backward")
 TEMPERATURE = 30.0
+BYTES = 60  # that a case takes at most, a weight and bit
 SIMD_BITS = {"avx2": 256, "avx512": 512}
 
 
@@ -80,18 +82,25 @@ class Reconstruct:
             weight.backward(self.grad_weight)
             return weight.detach()
 
-        return Entry(forward if mode == "forward" else forward_backward, self.clear)
+        # Both copies of the logits, since a yardstick reads the other one.
+        inputs = (*self.planes, self.bit_logits, self.gate_logits, self.grad_weight)
+        run = forward if mode == "forward" else forward_backward
+        return Entry(run, self.clear, inputs, lambda weight: [t for ts in self.computed(weight).values() for t in ts])
 
-    def outputs(self, entry: Entry) -> dict[str, list[Tensor]]:
-        """What one call computes: the weight, the gradient of each plane, and those that are sums, as one tensor."""
-        entry.prepare()
-        weight = entry.run().detach()
+    def computed(self, weight: Tensor) -> dict[str, list[Tensor]]:
+        """The weight that a call returned, the gradient of each plane, and those that are sums, as one tensor."""
         planes = [plane.grad for plane in self.planes if plane.grad is not None]
         if self.bit_logits.grad is not None:
             planes = list(self.bit_logits.grad.flatten(0, 1))
         sums = [leaf.grad.reshape(-1) for leaf in (self.gate_logits, self.scale) if leaf.grad is not None]
-        entry.prepare()
         return {"weight": [weight], "grad_bit_logits": planes, "sums": [torch.cat(sums)] if sums else []}
+
+    def outputs(self, entry: Entry) -> dict[str, list[Tensor]]:
+        """What one call computes."""
+        entry.prepare()
+        outputs = self.computed(entry.run())
+        entry.prepare()
+        return outputs
 
     def exact(self) -> Iterator[tuple[slice, dict[str, list[Tensor]]]]:
         """``outputs`` in float64, a block of rows at a time to save memory; the last block brings the sums."""
@@ -138,6 +147,9 @@ def judge(problem: Reconstruct, entries: dict[Key, Entry]) -> dict[Key, Verdict]
 
 def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     """Check, then time one shape; return its rows, and whether everything was right."""
+    label = f"reconstruct {'x'.join(map(str, shape))}"
+    if not fits(label, BYTES * options.n_bits * math.prod(shape), options.device):
+        return [], True
     torch._dynamo.reset()
     problem = Reconstruct(shape, options.n_bits, options.device, DTYPES[options.dtype])
     providers = problem.providers()
@@ -147,7 +159,8 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
     red = {key: v for key, v in verdicts.items() if key[0] == "csq" and not v.error <= 1}
     entries = {key: entry for key, entry in entries.items() if key not in red}
     memory = {key: peak_bytes(entry, options.device) for key, entry in entries.items()}
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device, lambda key: ("eager", key[1]))
+    times, bandwidth = timing.spreads, timing.bandwidth
 
     weight_bytes = problem.grad_weight.nbytes
     logit_bytes = problem.bit_logits.nbytes
@@ -181,13 +194,14 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
                 "error_over_allowed": verdicts[provider, mode].error,
             }
         )
-    for (provider, mode), verdict in red.items():
-        print(f"RED {provider} {mode} {shape}: {verdict.where}; no time is given", file=sys.stderr)
-    return rows, not red
+    caught = {key: verdict.where for key, verdict in red.items()} | timing.caught
+    report_caught(caught, str(shape))
+    return rows, not caught
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    print(f"\nreconstruct, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
     columns = "{:>11} {:16} {:18} {:>11} {:>19} {:>9} {:>6} {:>12} {:>21} {:>9} {:>11} {:>7} {:>6}"
     heads = (
         f"shape mode provider median p20..p80 floor share {' '.join('vs_' + name for name in BASELINES)} memory error"
@@ -224,17 +238,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Measure and print each shape: its rows, and whether everything was right."""
-    options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each shape."""
+    providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+    options.providers = present(providers, options.device)
     torch.set_num_threads(options.threads)
     if options.isa is not None:
         torch._inductor.config.cpp.simdlen = SIMD_BITS[options.isa]
-    context = circumstances(options.device)
-    announce(context)
-    for shape in options.shapes:
-        rows, right = measure(shape, options)
-        if rows:
-            print(f"\nreconstruct, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
-            print_rows(rows)
-        yield [{**row, **context} for row in rows], right
+    return [
+        Case("x".join(map(str, shape)), math.prod(shape), functools.partial(measure, shape, options))
+        for shape in options.shapes
+    ]

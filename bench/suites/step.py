@@ -1,9 +1,9 @@
 """A whole training step of one weight, given the loss's gradient in it: weight, bit gradients, optimizer."""
 
 import argparse
+import functools
 import itertools
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch._inductor.config
 from accuracy import Norms, Verdict, twice
-from harness import Entry, Memory, announce, circumstances, interleave, memory, shape_list
+from harness import Case, Memory, fits, interleave, memory, present, report_caught, shape_list
 from suites.reconstruct import SIMD_BITS, per_bit
 from torch import Tensor
+from trust import Entry
 
 from csq_kernels import functional, optim, reference
 from csq_kernels.nn import CSQLinear
@@ -27,6 +28,9 @@ TEMPERATURE = 30.0
 LOGIT_RATE = 1e-3
 # Gradients of gates and scale are sums over the weight, whose size Adam alone takes out.
 VECTOR_RATES = {"sgd": 1e-6, "adamw": 1e-3}
+# Bytes a weight and bit: of a provider, without what it takes within a step, and of that with the float64 check.
+BYTES = {name: 17 if name.startswith("single-pass") else 25 for name in PROVIDERS}
+CHECK_BYTES = 60
 CHECKED_STEPS = 2  # the second one needs the momenta of the first
 
 Outputs = dict[str, list[Tensor]]
@@ -103,6 +107,14 @@ class Separate:
     def clear(self) -> None:
         self.optimizer.zero_grad()
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.grad_weight,)
+
+    @torch.no_grad()
+    def weight_now(self, _: None = None) -> list[Tensor]:
+        return [self.weight()]
+
     @torch.no_grad()
     def outputs(self) -> Outputs:
         planes = self.logits if len(self.logits) > 1 else list(self.logits[0].flatten(0, 1))
@@ -133,6 +145,13 @@ class SinglePass:
 
     def clear(self) -> None:
         """Nothing: the gradient that is given stays, and there is no other."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.layer.weight.grad,)
+
+    def weight_now(self, _: None = None) -> list[Tensor]:
+        return [self.layer.weight]
 
     @torch.no_grad()
     def outputs(self) -> Outputs:
@@ -232,6 +251,10 @@ def measure(
     shape: tuple[int, ...], rule: str, gates: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], bool]:
     """Check and weigh, then time one shape; return its rows, and whether everything was right."""
+    needed = CHECK_BYTES + sum(BYTES[name] for name in options.providers)
+    label = f"step {'x'.join(map(str, shape))}"
+    if not fits(label, needed * options.n_bits * math.prod(shape), options.device):
+        return [], True
     torch._dynamo.reset()
     problem = Problem(shape, options.n_bits, options.device, rule, gates)
     exact = Exact(problem)
@@ -250,12 +273,14 @@ def measure(
         errors = errors_of(provider, exact)
         baseline = baseline or errors
         verdicts[name] = judge(name, errors, baseline, sizes)
-        entries[name] = Entry(provider.step, provider.clear)
+        # Of the logits not all are looked at: the weight says enough.
+        entries[name] = Entry(provider.step, provider.clear, provider.inputs, provider.weight_now)
     del exact
     # A baseline may err more than eager and still be the one to beat; ours may not.
     red = {name: v for name, v in verdicts.items() if name not in BASELINES and not v.error <= 1}
     entries = {name: entry for name, entry in entries.items() if name not in red}
-    times, bandwidth = interleave(entries, options.rounds, options.device)
+    timing = interleave(entries, options.rounds, options.device, lambda name: "eager")
+    times, bandwidth = timing.spreads, timing.bandwidth
     weights = math.prod(shape)
     rows = []
     for name, spread in times.items():
@@ -286,13 +311,14 @@ def measure(
                 "error_over_allowed": verdicts[name].error,
             }
         )
-    for name, verdict in red.items():
-        print(f"RED {name} {rule} {gates} {shape}: {verdict.where}; no time is given", file=sys.stderr)
-    return rows, not red
+    caught = {name: verdict.where for name, verdict in red.items()} | timing.caught
+    report_caught(caught, f"{rule} {gates} {shape}")
+    return rows, not caught
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table of README.md."""
+    print(f"\nstep, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
     columns = "{:>11} {:5} {:6} {:18} {:>11} {:>19} {:>9} {:>6}" + " {:>11}" * len(BASELINES) + " {:>6} {:>6} {:>6}"
     against = [f"vs_{name}".replace("reference", "ref") for name in BASELINES]
     heads = ["shape", "rule", "gates", "provider", "median", "p20..p80", "floor", "share", *against, "state", "peak"]
@@ -331,17 +357,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Measure and print each shape, rule and kind of gates: its rows, and whether everything was right."""
-    options.providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each shape, rule and kind of gates."""
+    providers = [p for p in PROVIDERS if p in {"eager", *options.providers.split(",")}]
+    options.providers = present(providers, options.device)
     torch.set_num_threads(options.threads)
     if options.isa is not None:
         torch._inductor.config.cpp.simdlen = SIMD_BITS[options.isa]
-    context = circumstances(options.device)
-    announce(context)
-    cases = itertools.product(options.shapes, options.rules.split(","), options.gates.split(","))
-    for shape, rule, gates in cases:
-        rows, right = measure(shape, rule, gates, options)
-        print(f"\nstep, copy {rows[0]['copy_bytes_per_second'] / 1e9:.1f} GB/s beside the calls")
-        print_rows(rows)
-        yield [{**row, **context} for row in rows], right
+    return [
+        Case(
+            f"{'x'.join(map(str, shape))} {rule} {gates}",
+            math.prod(shape),
+            functools.partial(measure, shape, rule, gates, options),
+        )
+        for shape, rule, gates in itertools.product(options.shapes, options.rules.split(","), options.gates.split(","))
+    ]

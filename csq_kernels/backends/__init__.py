@@ -103,6 +103,22 @@ def _reorder(direction: str, op: str, planes: Tensor, *weight) -> Tensor:
     return planes if function is None else function(planes, *weight)
 
 
+def kernel(op: str, *arguments) -> str:
+    """Name what computes this call of ``op``: the kernel where its backend tells several apart, else the backend.
+
+    Example:
+        >>> import torch
+        >>> kernel("bitserial_weight", torch.empty(1, 1, dtype=torch.uint8, device="meta"))
+        'reference'
+    """
+    device = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+    if device not in DEVICES:
+        return "reference"
+    backend = choose(op, device)[0].backend
+    name = getattr(_module(op, backend), f"{op}_kernel", None)
+    return backend if name is None else name(*arguments)
+
+
 def choices() -> list[Choice]:
     """Return the choice for every op and device; what ``csq info`` prints."""
     return [choose(op, device)[0] for op in (*SCHEMAS, *STEP_OPS) for device in DEVICES]

@@ -138,12 +138,56 @@ def bitserial_linear(
     return output if input.dtype is torch.float32 else output.to(input.dtype)
 
 
+def bitserial_linear_kernel(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    precision: str,
+) -> str:
+    """What ``bitserial_linear`` computes with: instruction set and way, or ``reference``."""
+    if planes.ndim == 2 or input.dtype == torch.float64:
+        return "reference"
+    linear = _linear(tuple(weight_shape), tuple(coefficients), step.ndim == 1)
+    return f"{_C.isa()} {linear.path(math.prod(input.shape[:-1]), precision)}"
+
+
 def _prefer_float(output_shape: Sequence[int]) -> bool:
     """Whether to unpack the weight and leave an exact convolution to PyTorch: it does many positions 10 % faster, if it
     can fill its vectors with output channels.
     """
     batch, channels, height, width = output_shape
     return channels >= 32 and batch * height * width >= 2048
+
+
+def _unpacks(input: Tensor, planes: Tensor, precision: str, output_shape: Sequence[int]) -> bool:
+    """Whether a convolution is PyTorch's on the unpacked weight: exact, and no tiles or better there."""
+    exact = precision == "exact" and input.dtype != torch.float64
+    return exact and (planes.ndim == 2 or _prefer_float(output_shape))
+
+
+def bitserial_conv2d_kernel(
+    input: Tensor,
+    planes: Tensor,
+    step: Tensor,
+    bias: Tensor | None,
+    coefficients: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+) -> str:
+    """What ``bitserial_conv2d`` computes with: instruction set and way, unpacked to PyTorch, or ``reference``."""
+    precision = "exact" if reference.always_exact(weight_shape, groups) else precision
+    if _unpacks(input, planes, precision, conv2d_shape(input, weight_shape, stride, padding, dilation)):
+        return "unpacked to PyTorch"
+    if planes.ndim == 2 or input.dtype == torch.float64:
+        return "reference"
+    return f"{_C.isa()} {'float' if precision == 'exact' else 'byte'} products"
 
 
 def bitserial_conv2d(
@@ -162,8 +206,12 @@ def bitserial_conv2d(
     """Arguments and result as in ``reference.bitserial_conv2d``; canonical planes are left to it."""
     windows = (tuple(stride), tuple(padding), tuple(dilation))
     precision = "exact" if reference.always_exact(weight_shape, groups) else precision
-    if planes.ndim == 2 and precision == "exact" and input.dtype != torch.float64:
-        weight = _weight_of_planes(planes, step, coefficients, weight_shape, 0)
+    if planes.ndim > 2 and groups != 1:
+        raise ValueError(f"expected groups 1 for planes in the order of tiles, got {groups}")
+    shape = conv2d_shape(input, weight_shape, *windows)
+    if _unpacks(input, planes, precision, shape):
+        # In the usual order, for which PyTorch chooses what it would for the float layer.
+        weight = bitserial_weight(planes, step, coefficients, weight_shape, 0)
         return F.conv2d(_as_float32(input), weight, bias, *windows, groups).to(input.dtype)
     if planes.ndim == 2 or input.dtype == torch.float64:
         planes = planes if planes.ndim == 2 else _untile(planes, coefficients, weight_shape)
@@ -171,14 +219,7 @@ def bitserial_conv2d(
             input, planes, step, bias, coefficients, weight_shape, *windows, groups, precision
         )
     _check_tiles(planes, coefficients, weight_shape)
-    if groups != 1:
-        raise ValueError(f"expected groups 1 for planes in the order of tiles, got {groups}")
     values = _as_float32(input)
-    shape = conv2d_shape(input, weight_shape, *windows)
-    if precision == "exact" and _prefer_float(shape):
-        weight = _weight(planes, step, coefficients, weight_shape)
-        # In the usual order, for which PyTorch chooses what it would for the float layer.
-        return F.conv2d(values, weight.contiguous(), bias, *windows).to(input.dtype)
     output = values.new_empty(shape)
     if output.numel() == 0:
         return output.to(input.dtype)
@@ -196,6 +237,11 @@ def bitserial_conv2d(
         torch.get_num_threads(),
     )
     return output if input.dtype is torch.float32 else output.to(input.dtype)
+
+
+def bitserial_weight_kernel(*arguments: object) -> str:
+    """Every caller hands the weight that ``bitserial_weight`` makes to PyTorch."""
+    return "unpacked to PyTorch"
 
 
 def bitserial_weight(

@@ -102,16 +102,17 @@ def _rows(columns: Sequence[dict[str, str]], names: dict[str, Any]) -> list[Row]
 def show(comparison: Comparison, console: Console) -> None:
     """Print tables on a terminal, and aligned plain text elsewhere."""
     marked = [(*row, "differs" if row[0] in comparison.different else "") for row in comparison.layers]
-    _show(console, "results", ("", *comparison.runs), comparison.results)
+    show_table(console, "results", ("", *comparison.runs), comparison.results)
     if comparison.recipe:
-        _show(console, "recipe, where it differs", ("", *comparison.runs), comparison.recipe)
+        show_table(console, "recipe, where it differs", ("", *comparison.runs), comparison.recipe)
     else:
         print("\nrecipe: the same")
     if marked:
-        _show(console, "stored bits of each layer", ("", *comparison.runs, ""), marked)
+        show_table(console, "stored bits of each layer", ("", *comparison.runs, ""), marked)
 
 
-def _show(console: Console, title: str, heads: Row, rows: Sequence[Row]) -> None:
+def show_table(console: Console, title: str, heads: Row, rows: Sequence[Row]) -> None:
+    """Print a table on a terminal, and aligned plain text elsewhere."""
     if not console.is_terminal:
         print("\n".join(["", title, *table.lines([heads, *rows])]))
         return

@@ -240,3 +240,16 @@ def build(name: str, channels: int, image_size: int, classes: int, **given: int)
     """
     check_options(name, given)
     return MODELS[name](channels, image_size, classes, **given)
+
+
+def example_input(name: str, channels: int, image_size: int, classes: int, batch: int = 1) -> Tensor:
+    """Random input for the model that ``build`` makes of the same arguments: images, or the characters of a text.
+
+    Example:
+        >>> example_input("cnn", 1, 28, 10, batch=2).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    generator = torch.Generator().manual_seed(0)
+    if name in _TEXT_MODELS:
+        return torch.randint(classes, (batch, image_size), generator=generator)
+    return torch.randn(batch, channels, image_size, image_size, generator=generator)

@@ -74,6 +74,10 @@ bool suits_tables(const PlaneSet& planes, Precision precision, int64_t batch) {
     return batch <= kTableBatch && planes.exponents[0] - planes.exponents[planes.count - 1] <= kTableSpan;
 }
 
+bool uses_tables(const BitserialKernels& kernels, const PackedWeight& w, Precision precision, int64_t batch) {
+    return kernels.look_up != nullptr && suits_tables(w.planes, precision, batch);
+}
+
 int bytes_of(Precision precision) { return precision == Precision::high ? 2 : 1; }
 
 // What a limb counts for.
@@ -502,11 +506,16 @@ void bitserial_linear(const PackedWeight& weight, Precision precision, int64_t b
             std::fill(std::copy_n(input + m * weight.columns + start, count, to), to + kTileColumns, 0.0f);
         }
     }
-    if (kernels.look_up != nullptr && suits_tables(weight.planes, precision, batch)) {
+    if (uses_tables(kernels, weight, precision, batch)) {
         linear_by_tables(kernels, weight, precision, batch, scratch, output, threads);
     } else {
         linear_by_products(kernels, weight, precision, batch, input, scratch, output, threads);
     }
+}
+
+const char* bitserial_linear_path(const PackedWeight& weight, Precision precision, int64_t batch) {
+    if (uses_tables(bitserial_kernels(current_isa()), weight, precision, batch)) return "look-up";
+    return precision == Precision::exact ? "float products" : "byte products";
 }
 
 int64_t bitserial_conv2d_scratch(const PackedWeight& weight, Precision precision, const Convolution& convolution) {

@@ -47,6 +47,8 @@ void bitserial_weight(const PackedWeight& weight, float* output, int threads);
 void bitserial_linear(const PackedWeight& weight, Precision precision, int64_t batch, const float* input, float* output,
                       uint8_t* scratch, int threads);
 int64_t bitserial_linear_scratch(const PackedWeight& weight, Precision precision, int64_t batch);
+// Which of its ways that takes on the instruction set in use, in words.
+const char* bitserial_linear_path(const PackedWeight& weight, Precision precision, int64_t batch);
 
 void bitserial_conv2d(const PackedWeight& weight, Precision precision, const Convolution& convolution,
                       const float* input, float* output, uint8_t* scratch, int threads);
