@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -50,3 +53,14 @@ def test_why_counts_cannot_be_compared(instructions: ModuleType, committed: dict
     assert "the committed counts are of Clang 1.0" in instructions.missing({"compiler": "Clang 1.0"})
     monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
     assert instructions.missing(committed) == "valgrind is not on PATH"
+
+
+def test_every_counted_call_has_a_benchmark(committed: dict) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", BENCH / "test_native.py", "--benchmark-only", "-v"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = {name.partition(" ")[2] for name in committed["counts"]}
+    assert set(re.findall(r"::test_native\[(.*)\] PASSED", done.stdout)) == calls
+    for kernel in {call.split()[0] for call in calls}:
+        assert f"benchmark '{kernel}'" in done.stdout
