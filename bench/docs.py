@@ -46,7 +46,8 @@ def machine_of(row: Row) -> str:
 
 
 def milliseconds(row: Row) -> str:
-    return f"{1e3 * row['seconds']['median']:#.3g}".removesuffix(".") + " ms"
+    value = 1e3 * row["seconds"]["median"]
+    return f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms"
 
 
 def times(ratio: float | None) -> str:
@@ -154,6 +155,23 @@ def language_model() -> str:
     )
 
 
+def networks(mode: str) -> str:
+    """Whole networks, training steps or inference: a line a network, a column a provider."""
+    if not (RESULTS / "model.jsonl").exists():
+        return "not measured yet"
+    rows = [row for row in lines("model") if row["mode"] == mode and row["device"] == "cpu"]
+    found: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["batch"], row["threads"]), {})[row["provider"]] = row
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    body = []
+    for (network, batch, threads), line in found.items():
+        times = [milliseconds(line[name]) if name in line else "-" for name in providers]
+        measured = "; ".join(dict.fromkeys(map(machine_of, line.values())))
+        body.append([f"{network}, batch {batch}", *times, f"{plural(threads, 'thread')}, {measured}"])
+    return table(["", *providers, "measured on"], body)
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "reconstruct": reconstruct,
     "step": step,
@@ -161,6 +179,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "memory": memory,
     "packed": packed,
     "language_model": language_model,
+    "networks": networks,
 }
 
 

@@ -43,6 +43,18 @@ def test_the_latest_line_counts_and_says_where_it_is_from(docs: ModuleType, monk
     assert line.startswith("| 8x8 forward | 250 ms | 50% | - | - | 0.50x | - |") and "commit abc" in line
 
 
+def test_networks(docs: ModuleType, monkeypatch, tmp_path: Path) -> None:
+    row = docs.lines("reconstruct")[-1] | {"network": "mlp", "batch": 4, "threads": 2, "mode": "infer"}
+    rows = [row | {"provider": name, "seconds": {"median": time}} for name, time in (("float", 9.0), ("csq int8", 0.5))]
+    rows += [row | {"provider": "float", "mode": "train"}, rows[0] | {"seconds": {"median": 2.0}}]
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    assert docs.networks("infer") == "not measured yet"
+    (tmp_path / "model.jsonl").write_text("".join(docs.json.dumps(row) + "\n" for row in rows))
+    head, _, line = docs.networks("infer").splitlines()[1:]
+    assert head == "|  | float | csq int8 | measured on |"
+    assert line.startswith("| mlp, batch 4 | 2000 ms | 500 ms | 2 threads, ")
+
+
 def test_figures_are_there(docs: ModuleType) -> None:
     for path in docs.FILES:
         for figure in docs.re.findall(r"!\[[^]]*]\(([^)]*)\)", path.read_text()):
