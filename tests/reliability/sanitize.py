@@ -40,7 +40,8 @@ from csq_kernels import _native
 kind, size = {kind!r}, 1 << 14
 logits, gates, one, weight = torch.zeros(2, 4, size), torch.ones(4), torch.ones(()), torch.empty(size)
 places = [t.data_ptr() for t in (logits, gates, one, one, weight[size // 2 if kind == "address" else 0 :])]
-call = lambda: _native.module.reconstruct_forward(*places, 1, 1, size, [0, 1, 2, 3], 4, "float32", False, False, False, 1)
+rest = (1, 1, size, [0, 1, 2, 3], 4, "float32", False, False, False, 1)
+call = lambda: _native.module.reconstruct_forward(*places, *rest)
 threads = [threading.Thread(target=lambda: [call() for _ in range(50)]) for _ in range(2)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
