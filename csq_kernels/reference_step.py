@@ -31,7 +31,7 @@ def round_to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
 
 def _blocks(plane: Tensor) -> Tensor:
     """``(2, k, *weight)`` as ``(2, k, blocks, MOMENTUM_BLOCK)``, filled up with zeros."""
-    flat = plane.reshape(*plane.shape[:2], math.prod(plane.shape[2:]))
+    flat = plane.reshape(*plane.shape[:2], math.prod(plane.shape[2:]) if plane.shape[1] else 0)
     short = -flat.shape[2] % MOMENTUM_BLOCK
     return torch.nn.functional.pad(flat, (0, short)).unflatten(2, (-1, MOMENTUM_BLOCK))
 

@@ -172,6 +172,7 @@ def check_step(layer: StepLayer) -> None:
     expect_shape("grad_weight", layer.grad_weight, layer.weight.shape)
     for name, after, before in zip(Vectors._fields, layer.after, layer.before, strict=True):
         expect_shape(f"{name} before the step", before, after.shape)
+        expect_dtype(f"{name} before the step", before, after.dtype)
     if len(layer.momenta) != layer.rule.momenta:
         raise ValueError(f"expected {layer.rule.momenta} momenta, got {len(layer.momenta)}")
     expect_dtype("grad_weight", layer.grad_weight, layer.weight.dtype)
