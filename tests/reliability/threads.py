@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import record
 import torch
 from torch import Tensor
 
@@ -104,14 +103,11 @@ def run(rounds: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     made = run(options.rounds)
     isas = _native.module.supported_isas()
     tried = f"{made:,} calls by {THREADS} threads with teams of {TEAM}, on {', '.join(isas)}"
     print(tried)
-    if options.record:
-        record.record("threads", tried, failures=0)
 
 
 if __name__ == "__main__":
