@@ -9,7 +9,7 @@ LINTED := csq_kernels tests bench examples setup.py
 
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 
 demo: .venv/installed
 	$(BIN)/csq train demo --out $(DEMO)
@@ -19,6 +19,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest -q
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in short; tests/reliability/sanitize.py has more.
+sanitize: .venv/dependencies
+	$(BIN)/python tests/reliability/sanitize.py address --short
 
 lint: .venv/installed
 	$(BIN)/ruff check $(LINTED)

@@ -122,10 +122,11 @@ def check_reconstruct_backward(grad_weight: Tensor, bit_logits: Tensor, *rest) -
         raise ValueError(f"expected grad_weight on {bit_logits.device} like bit_logits, got {grad_weight.device}")
 
 
-def _check_planes(
-    planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
-) -> None:
+def check_planes(planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless these are planes of such a weight, in canonical order or another."""
     check_coefficients(tuple(coefficients))
+    if any(size < 0 for size in weight_shape):
+        raise ValueError(f"expected weight_shape of sizes from 0, got {list(weight_shape)}")
     if planes.dtype != torch.uint8:
         raise TypeError(f"expected planes of dtype uint8, got {planes.dtype}")
     # With more axes it is in a backend's own order, and the backend knows its shape.
@@ -133,6 +134,14 @@ def _check_planes(
         canonical = (len(coefficients), plane_bytes(math.prod(weight_shape)))
         if planes.shape != canonical:
             raise ValueError(f"expected planes of shape {canonical}, got {tuple(planes.shape)}")
+    elif math.prod(weight_shape) >= 1 << 63:
+        raise ValueError(f"expected weight_shape of sizes that fit in memory, got {list(weight_shape)}")
+
+
+def _check_weight(
+    planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int], channel_axis: int
+) -> None:
+    check_planes(planes, coefficients, weight_shape)
     channels = weight_shape[channel_axis]
     if step.ndim > 1 or (step.ndim == 1 and step.shape[0] != channels):
         raise ValueError(f"expected step of shape () or ({channels},), got {tuple(step.shape)}")
@@ -151,7 +160,7 @@ def _check_packed(
     weight_shape: Sequence[int],
     precision: str,
 ) -> None:
-    _check_planes(planes, step, coefficients, weight_shape, 0)
+    _check_weight(planes, step, coefficients, weight_shape, 0)
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision as one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not input.is_floating_point():
@@ -162,6 +171,8 @@ def _check_packed(
         raise ValueError(f"expected bias of shape ({weight_shape[0]},), got {tuple(bias.shape)}")
     if bias is not None and bias.dtype != torch.float32:
         raise TypeError(f"expected bias of dtype float32, got {bias.dtype}")
+    if bias is not None and bias.device != planes.device:
+        raise ValueError(f"expected bias on {planes.device} like planes, got {bias.device}")
 
 
 def check_bitserial_linear(input: Tensor, *packed) -> None:
@@ -224,7 +235,7 @@ def check_bitserial_weight(
     """Raise ``ValueError`` or ``TypeError`` unless the arguments describe a packed weight."""
     if not 0 <= channel_axis < len(weight_shape):
         raise ValueError(f"expected channel_axis from 0 to {len(weight_shape) - 1}, got {channel_axis}")
-    _check_planes(planes, step, coefficients, weight_shape, channel_axis)
+    _check_weight(planes, step, coefficients, weight_shape, channel_axis)
 
 
 CHECKS: dict[str, Callable[..., None]] = {

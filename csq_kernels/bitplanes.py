@@ -125,6 +125,8 @@ def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor
         ((-4, 2, 1), [[1], [4], [5]])
     """
     flat = codes.reshape(-1)
+    if active is not None and any(not 0 <= bit < MAX_PLANES - 1 for bit in active):
+        raise ValueError(f"expected active exponents from 0 to {MAX_PLANES - 2}, got {sorted(active)}")
     if active is None:
         least, most = map(int, flat.aminmax()) if flat.numel() else (0, 0)
         active = range(max(-least, most).bit_length())

@@ -220,7 +220,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         assert weight.grad is not None
         return StepLayer(
             weight=local(weight.detach()),
-            grad_weight=local(weight.grad),
+            grad_weight=local(weight.grad).resolve_neg(),
             bit_logits=layer.own_bit_logits(),
             before=Vectors(*(vector.clone() for vector in after)),
             after=after,

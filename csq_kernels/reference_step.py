@@ -1,5 +1,6 @@
 """The single-pass step in plain PyTorch: any dtype and device, float64 to judge the others."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,13 +31,13 @@ def round_to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
 
 def _blocks(plane: Tensor) -> Tensor:
     """``(2, k, *weight)`` as ``(2, k, blocks, MOMENTUM_BLOCK)``, filled up with zeros."""
-    flat = plane.reshape(*plane.shape[:2], -1)
+    flat = plane.reshape(*plane.shape[:2], math.prod(plane.shape[2:]) if plane.shape[1] else 0)
     short = -flat.shape[2] % MOMENTUM_BLOCK
     return torch.nn.functional.pad(flat, (0, short)).unflatten(2, (-1, MOMENTUM_BLOCK))
 
 
 def _like(blocks: Tensor, plane: Tensor) -> Tensor:
-    return blocks.flatten(2)[:, :, : plane[0, 0].numel()].reshape(plane.shape)
+    return blocks.flatten(2)[:, :, : math.prod(plane.shape[2:])].reshape(plane.shape)
 
 
 def widen(codes: Tensor, scales: Tensor, root: bool) -> Tensor:

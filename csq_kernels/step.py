@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from csq_kernels._ops import check_reconstruct
+
 STEP_OPS = ("step_sums", "step_update")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Weights of a plane that share a scale in a narrow momentum.
@@ -136,15 +138,41 @@ def expect_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
         raise TypeError(f"expected {name} of dtype {expected}, got {tensor.dtype}")
 
 
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor and the one after its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size() if tensor.numel() else start
+
+
+def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless memory holds the values, and what is written shares none."""
+    for name, tensor in (written | read).items():
+        if tensor.is_neg():
+            raise ValueError(f"expected {name} as it is in memory, got a negated view: resolve_neg copies it")
+    for name, tensor in written.items():
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"expected {name} with memory for each element, got an expanded tensor")
+    extents = sorted(((*_extent(tensor), name) for name, tensor in (written | read).items()))
+    reached, last = 0, ""
+    for start, end, name in extents:
+        if start < reached and (name in written or last in written):
+            raise ValueError(f"expected {name} and {last} in memory of their own, got tensors that overlap")
+        if end > reached:
+            reached, last = end, name
+
+
 def check_step(layer: StepLayer) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless the tensors of a layer belong together."""
     for name, tensor in (("bit_logits", layer.bit_logits), ("weight", layer.weight)):
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(f"expected {name} of dtype float32, bfloat16 or float64, got {tensor.dtype}")
     expect_shape("bit_logits", layer.bit_logits, (2, len(layer.bits), *layer.weight.shape))
+    check_reconstruct(layer.bit_logits, *layer.after, **layer.constants())
     expect_shape("grad_weight", layer.grad_weight, layer.weight.shape)
     for name, after, before in zip(Vectors._fields, layer.after, layer.before, strict=True):
         expect_shape(f"{name} before the step", before, after.shape)
+        expect_dtype(f"{name} before the step", before, after.dtype)
     if len(layer.momenta) != layer.rule.momenta:
         raise ValueError(f"expected {layer.rule.momenta} momenta, got {len(layer.momenta)}")
     expect_dtype("grad_weight", layer.grad_weight, layer.weight.dtype)
@@ -162,3 +190,12 @@ def check_step(layer: StepLayer) -> None:
                 raise ValueError(f"expected {name} on {layer.weight.device} like the weight, got {tensor.device}")
             if name in state and not tensor.is_contiguous():
                 raise ValueError(f"expected {name} contiguous, got strides {tensor.stride()}")
+    if layer.weight.device.type == "meta":
+        return
+    several = {f"{name} {i}": t for name in ("momenta", "momentum_scales") for i, t in enumerate(getattr(layer, name))}
+    vectors = {f"{name} after the step": t for name, t in zip(Vectors._fields, layer.after, strict=True)}
+    vectors |= {f"{name} before the step": t for name, t in zip(Vectors._fields, layer.before, strict=True)}
+    _check_memory(
+        {"weight": layer.weight, "bit_logits": layer.bit_logits, **several},
+        {"grad_weight": layer.grad_weight, **vectors},
+    )

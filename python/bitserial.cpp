@@ -92,8 +92,15 @@ Conv2d make_conv2d(int64_t rows, int64_t channels, const Pair& kernel, const Pai
     return conv;
 }
 
+// The kernels load vectors of 32 bytes from where these begin.
+template <class T>
+T* tiles_at(Address address) {
+    if (address % 32 != 0) fail("tiles", "at a multiple of 32 bytes", std::to_string(address));
+    return array<T>("tiles", address);
+}
+
 cpu::PackedWeight with_memory(cpu::PackedWeight weight, Address tiles, Address step, Address bias) {
-    weight.tiles = weight.planes.count == 0 ? nullptr : array<const uint8_t>("tiles", tiles);
+    weight.tiles = weight.planes.count == 0 ? nullptr : tiles_at<const uint8_t>(tiles);
     weight.step = array<const float>("step", step);
     weight.bias = reinterpret_cast<const float*>(bias);
     return weight;
@@ -199,7 +206,7 @@ void bind_bitserial(py::module_& m) {
             const int32_t* from = order_of(order, stream_columns);
             const int64_t columns = from == nullptr ? stream_columns : static_cast<int64_t>(order.size());
             cpu::tile_planes(array<const uint8_t>("planes", planes), rows, stream_columns, from, columns,
-                             parse_planes(coefficients), array<uint8_t>("tiles", tiles), threads);
+                             parse_planes(coefficients), tiles_at<uint8_t>(tiles), threads);
         },
         unlocked, "Canonical planes to tiles; a column of the tiles is column order[i] of the stream, -1 for none.",
         py::arg("planes"), py::arg("rows"), py::arg("stream_columns"), py::arg("order"), py::arg("coefficients"),
@@ -212,7 +219,7 @@ void bind_bitserial(py::module_& m) {
             require_from("threads", threads, 1);
             const int32_t* from = order_of(order, stream_columns);
             const int64_t columns = from == nullptr ? stream_columns : static_cast<int64_t>(order.size());
-            cpu::untile_planes(array<const uint8_t>("tiles", tiles), rows, stream_columns, from, columns,
+            cpu::untile_planes(tiles_at<const uint8_t>(tiles), rows, stream_columns, from, columns,
                                parse_planes(coefficients), array<uint8_t>("planes", planes), threads);
         },
         unlocked, "The inverse of bitserial_tile.", py::arg("tiles"), py::arg("rows"), py::arg("stream_columns"),

@@ -72,10 +72,10 @@ void bind(py::module_& m, const std::string& prefix, const char* place_name, For
           py::arg("hard_gates"), py::arg(place_name));
     m.def((prefix + "reconstruct_scratch_size").c_str(),
           [scratch_size](int64_t outer, int64_t channels, int64_t inner, int planes) {
-              require_from("outer", outer, 1);
-              require_from("channels", channels, 1);
-              require_from("inner", inner, 1);
+              require_weight(outer, channels, inner);
               require_from("planes", planes, 0);
+              if (planes > kMaxPlanes)
+                  fail("planes", "of at most " + std::to_string(kMaxPlanes), std::to_string(planes));
               return scratch_size(outer, channels, inner, planes);
           },
           "Doubles of scratch that the backward pass needs for this shape.", py::arg("outer"), py::arg("channels"),

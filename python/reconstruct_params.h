@@ -16,10 +16,8 @@ inline DType parse_dtype(const std::string& name) {
     fail("dtype", "as float32, bfloat16 or float16", name);
 }
 
-// The sizes of ReconstructParams; its addresses are filled in by the caller.
-inline ReconstructParams parse_sizes(int64_t outer, int64_t channels, int64_t inner, const std::vector<int>& bits,
-                                     int n_bits, const std::string& dtype, bool gates_per_channel,
-                                     bool scale_per_channel, bool hard_gates) {
+// So that no product of the sizes of a weight, its planes and their bytes overflows.
+inline void require_weight(int64_t outer, int64_t channels, int64_t inner) {
     require_from("outer", outer, 1);
     require_from("channels", channels, 1);
     require_from("inner", inner, 1);
@@ -30,6 +28,13 @@ inline ReconstructParams parse_sizes(int64_t outer, int64_t channels, int64_t in
                  std::to_string(outer) + " * " + std::to_string(channels) + " * " + std::to_string(inner));
         }
     }
+}
+
+// The sizes of ReconstructParams; its addresses are filled in by the caller.
+inline ReconstructParams parse_sizes(int64_t outer, int64_t channels, int64_t inner, const std::vector<int>& bits,
+                                     int n_bits, const std::string& dtype, bool gates_per_channel,
+                                     bool scale_per_channel, bool hard_gates) {
+    require_weight(outer, channels, inner);
     if (n_bits < 1 || n_bits > kMaxPlanes) {
         fail("n_bits", "from 1 to " + std::to_string(kMaxPlanes), std::to_string(n_bits));
     }

@@ -142,8 +142,13 @@ void bind_step(py::module_& m) {
     m.def("step_scale_sums", &step_scale_sums, py::call_guard<py::gil_scoped_release>(),
           "Equation (6) from the weight, where no scale is 0; scratch holds as many doubles as step_scratch_size says.",
           py::arg("layer"), py::arg("grad_scale"), py::arg("scratch"), py::arg("threads"));
-    m.def("step_scratch_size", &cpu::step_scratch_size, "Doubles of scratch that step_scale_sums needs.",
-          py::arg("outer"), py::arg("channels"), py::arg("inner"));
+    m.def(
+        "step_scratch_size",
+        [](int64_t outer, int64_t channels, int64_t inner) {
+            require_weight(outer, channels, inner);
+            return cpu::step_scratch_size(outer, channels, inner);
+        },
+        "Doubles of scratch that step_scale_sums needs.", py::arg("outer"), py::arg("channels"), py::arg("inner"));
     m.def(
         "step_update",
         [](const std::vector<StepParams>& layers, int threads) {

@@ -364,6 +364,11 @@ def test_wrong_arguments_are_named() -> None:
         ({"planes": planes.to(torch.int32)}, "expected planes of dtype uint8"),
         ({"step": step[:-1]}, r"expected step of shape \(\) or \(70,\), got \(69,\)"),
         ({"step": step.double()}, "expected step of dtype float32"),
+        ({"bias": torch.ones(70, device="meta")}, "expected bias on cpu like planes, got meta"),
+        (
+            {"planes": torch.cat([tiles.flatten()[:1], tiles.flatten()])[1:].view(tiles.shape)},
+            "expected tiles at a mul",
+        ),
         ({"bias": torch.ones(71)}, r"expected bias of shape \(70,\), got \(71,\)"),
         ({"coefficients": (8, 4, 2, 3)}, "expected coefficients as plus or minus powers of two"),
         ({"coefficients": (1, 2, 4, 8)}, "falling magnitude"),
@@ -373,7 +378,48 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             call(**change)
+    with pytest.raises(ValueError, match="expected active exponents from 0 to 15"):
+        bitplanes.encode(torch.tensor([1, 2]), active=(1 << 62,))
     with pytest.raises(ValueError, match="expected codes with digits -1, 0, 1"):
         bitplanes.encode(torch.tensor([1, 2]), active=(0,))
     with pytest.raises(ValueError, match="expected codes of magnitude below"):
         bitplanes.encode(torch.tensor([1 << 20]))
+
+
+def test_planes_that_do_not_fit_their_weight_are_not_put_in_another_order() -> None:
+    planes, coefficients = LINEAR.planes()
+    tiles, _ = LINEAR.tiles()
+    for change, message in (
+        ({"op": "linear"}, "expected op as one of"),
+        ({"planes": planes[:, :-1]}, "expected planes of shape"),
+        ({"planes": tiles}, "expected canonical planes, which have 2 axes"),
+        ({"coefficients": (*coefficients, 1)}, "expected coefficients"),
+        ({"weight_shape": (70, 301)}, "expected planes of shape"),
+        ({"weight_shape": (-70, -300)}, "expected weight_shape of sizes from 0"),
+        ({"weight_shape": (21000,)}, "expected weight_shape of 2 or 4 axes"),
+    ):
+        arguments = {
+            "op": "bitserial_linear",
+            "planes": planes,
+            "coefficients": coefficients,
+            "weight_shape": (70, 300),
+        }
+        with pytest.raises(ValueError, match=message):
+            functional.tile(**(arguments | change))
+    # Before anything is allocated: no memory holds so much.
+    with pytest.raises(ValueError, match="expected contiguous planes of shape"):
+        functional.untile("bitserial_conv2d", tiles, coefficients, (70, 1 << 20, 1 << 10, 1 << 10))
+    with pytest.raises(ValueError, match="expected weight_shape of sizes that fit in memory"):
+        functional.untile("bitserial_linear", tiles, coefficients, (1 << 40, 1 << 40))
+
+
+def test_lazily_negated_inputs_are_resolved() -> None:
+    input, step = torch.randn(2, 300), LINEAR.step()
+    tiles, coefficients = LINEAR.tiles()
+    weight = {"coefficients": coefficients, "weight_shape": LINEAR.shape}
+    expected = functional.bitserial_linear(-input, tiles, -step, **weight)
+    negated = [torch.complex(torch.zeros_like(values), values).conj().imag for values in (input, step)]
+    assert all(values.is_neg() for values in negated)
+    assert torch.equal(functional.bitserial_linear(negated[0], tiles, negated[1], **weight), expected)
+    wanted = functional.bitserial_weight(tiles, -step, **weight)
+    assert torch.equal(functional.bitserial_weight(tiles, negated[1], **weight), wanted)

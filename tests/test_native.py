@@ -227,3 +227,10 @@ def test_advice_about_pages_changes_no_byte() -> None:
     _C.advise_huge_pages(memory.ctypes.data, memory.nbytes)
     _C.advise_huge_pages(memory.ctypes.data, 1)
     assert (memory == np.arange(2 << 20)).all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (1, -1, 1), (1 << 40, 1 << 40, 1)], ids=str)
+def test_scratch_of_sizes_that_no_weight_has_is_an_error(sizes: tuple[int, int, int]) -> None:
+    for size, more in ((_native.module.step_scratch_size, ()), (_native.module.reconstruct_scratch_size, (3,))):
+        with pytest.raises(ValueError, match="expected (outer|channels)"):
+            size(*sizes, *more)

@@ -267,6 +267,27 @@ def test_narrow_momenta_keep_what_they_are_given(root: bool) -> None:
     assert (not root) or (codes.float()[values > 0] > 0).all()
 
 
+def test_vectors_of_another_size_are_refused() -> None:
+    layer = make_layer((5, 7), RULES["momentum"])
+    short = Vectors(torch.zeros(1), *layer.after[1:])
+    with pytest.raises(ValueError, match=r"expected gate_logits of shape \(4,\).*, got \(1,\)"):
+        check_step(dataclasses.replace(layer, before=short, after=short))
+
+
+def test_memory_that_is_written_is_nobody_elses() -> None:
+    layer = make_layer((5, 7), RULES["momentum"])
+    check_step(layer)
+    for change, message in (
+        ({"grad_weight": layer.weight}, "in memory of their own"),
+        ({"momenta": (layer.bit_logits,)}, "in memory of their own"),
+        ({"after": Vectors(layer.weight.flatten()[:4], *layer.after[1:])}, "in memory of their own"),
+        ({"weight": layer.weight[:1].expand(5, 7)}, "expected weight with memory for each element"),
+        ({"grad_weight": torch._neg_view(layer.grad_weight)}, "expected grad_weight as it is in memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_step(dataclasses.replace(layer, **change))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from csq_kernels import _native, reference, reference_step
-from csq_kernels._ops import CHECKS, SCHEMAS, library
+from csq_kernels._ops import CHECKS, SCHEMAS, check_planes, library
 from csq_kernels.step import STEP_OPS
 
 DEVICES = ("cpu", "cuda")
@@ -86,6 +86,8 @@ def choose(op: str, device: str) -> tuple[Choice, Callable]:
 
 def tile(op: str, planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
     """Canonical planes in the order that ``op`` reads on their device; themselves where it reads them as they are."""
+    if planes.ndim != 2:
+        raise ValueError(f"expected canonical planes, which have 2 axes, got shape {tuple(planes.shape)}")
     return _reorder("tile", op, planes, coefficients, weight_shape)
 
 
@@ -95,11 +97,16 @@ def untile(op: str, planes: Tensor, coefficients: Sequence[int], weight_shape: S
 
 
 def _reorder(direction: str, op: str, planes: Tensor, *weight) -> Tensor:
+    if op not in SCHEMAS:
+        raise ValueError(f"expected op as one of {', '.join(SCHEMAS)}, got {op!r}")
+    check_planes(planes, *weight)
     device = planes.device.type
     if device not in DEVICES:
         return planes
     module = _module(op, choose(op, device)[0].backend)
     function = getattr(module, f"{op}_{direction}", None)
+    if function is None and planes.ndim != 2:
+        raise ValueError(f"expected canonical planes for {op} on {device}, got shape {tuple(planes.shape)}")
     return planes if function is None else function(planes, *weight)
 
 

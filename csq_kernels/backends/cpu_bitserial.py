@@ -35,13 +35,21 @@ def _column_order(weight_shape: tuple[int, ...]) -> list[int]:
     return padded.permute(1, 2, 0).flatten().tolist()
 
 
+def _columns(weight_shape: Sequence[int]) -> int:
+    """Columns of the tiles, those that only fill up included."""
+    channels, *kernel = weight_shape[1:]
+    return math.prod(kernel) * (channels + -channels % _GROUP) if kernel else channels
+
+
 def _order(weight_shape: Sequence[int]) -> list[int]:
     return _column_order(tuple(weight_shape)) if len(weight_shape) == 4 else []
 
 
 @functools.lru_cache(maxsize=1024)
 def _tiles_shape(coefficients: tuple[int, ...], weight_shape: tuple[int, ...]) -> tuple[int, ...]:
-    columns = len(_order(weight_shape)) or weight_shape[1]
+    if len(weight_shape) not in (2, 4):
+        raise ValueError(f"expected weight_shape of 2 or 4 axes for planes in the order of tiles, got {weight_shape}")
+    columns = _columns(weight_shape)
     return (
         math.ceil(weight_shape[0] / _C.tile_rows),
         math.ceil(columns / _C.tile_columns),
@@ -64,10 +72,10 @@ def _tile(planes: Tensor, coefficients: Sequence[int], weight_shape: Sequence[in
 
 
 def _untile(tiles: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
+    _check_tiles(tiles, coefficients, weight_shape)
     shape = (len(coefficients), bitplanes.plane_bytes(math.prod(weight_shape)))
     planes = tiles.new_empty(shape)
     if planes.numel():
-        _check_tiles(tiles, coefficients, weight_shape)
         columns = math.prod(weight_shape[1:])
         threads = torch.get_num_threads()
         _C.bitserial_untile(
@@ -272,7 +280,7 @@ def _weight_of_planes(
 
 def _weight(planes: Tensor, step: Tensor, coefficients: Sequence[int], weight_shape: Sequence[int]) -> Tensor:
     """The weight, that of a convolution with its channels last in memory, where the tiles have them."""
-    rows, columns = weight_shape[0], len(_order(weight_shape)) or weight_shape[1]
+    rows, columns = weight_shape[0], _columns(weight_shape)
     weight = step.new_empty((rows, columns))
     if weight.numel():
         linear = _linear((rows, columns), tuple(coefficients), step.ndim == 1)

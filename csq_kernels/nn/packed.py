@@ -467,6 +467,8 @@ class _PackedDecodedConv(PackedLayer):
     def _exactly(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """``convolve(input, weight, bias)`` in the dtype of the input, or in float32 if that is narrower."""
         input = self._quantized(input)
+        if not input.is_floating_point():
+            raise TypeError(f"expected input of a floating-point dtype, got {input.dtype}")
         dtype = torch.promote_types(input.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         return convolve(input.to(dtype), self._float_weight().to(dtype), bias).to(input.dtype)

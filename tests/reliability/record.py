@@ -31,6 +31,15 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of the table -->\n"
 _STARTED = time.monotonic()
 
 
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+# Of the sources when the check began; it may take hours.
+_COMMIT = _commit()
+
+
 def record(check: str, tried: str, failures: int) -> None:
     """Keep what a script tried and how many times it failed, in the place of an earlier run of the same check."""
     if check not in CHECKS:
@@ -43,7 +52,7 @@ def record(check: str, tried: str, failures: int) -> None:
         "failures": failures,
         "seconds": round(time.monotonic() - _STARTED),
         "machine": f"{os.cpu_count()} cores, {_cpu()}",
-        "commit": _commit(),
+        "commit": _COMMIT,
     }
     kept = [old for old in read() if old["check"] != check] + [line]
     kept.sort(key=lambda old: CHECKS.index(old["check"]))
@@ -58,11 +67,6 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def table() -> str:
