@@ -68,7 +68,7 @@ def run(minutes: float, show: bool = True) -> tuple[int, list[Sample]]:
     """Cycles for so long; the count of training steps, and the samples after the warm-up."""
     samples: list[Sample] = []
     steps, started = 0, time.monotonic()
-    while time.monotonic() - started < 60 * minutes or len(samples) < 6:
+    while time.monotonic() - started < 60 * minutes or len(samples) < 3:
         with tempfile.TemporaryDirectory() as folder:
             steps += cycle(len(samples), Path(folder))
         seconds = time.monotonic() - started
