@@ -269,7 +269,8 @@ def _map(file: BinaryIO, contents: Contents) -> dict[str, Tensor]:
     By the file and not by its path, as ``safetensors.safe_open`` does it: another process may just have replaced it.
     """
     mapped = mmap.mmap(file.fileno(), contents.file.file_bytes, access=mmap.ACCESS_COPY)
-    tensors, offset = {}, contents.file.header_bytes
+    tensors: dict[str, Tensor] = {}
+    offset = contents.file.header_bytes
     for name, (dtype, shape) in contents.specs.items():
         count = math.prod(shape)
         # frombuffer refuses to make an empty tensor.
