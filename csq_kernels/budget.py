@@ -214,7 +214,8 @@ class Cost:
         if self.budget.unit != "paper bits":
             above = nn.functional.pad(gate, (0, 1))[:, 1:]
             count = count + (gate * (1 - above)).sum(1)
-        below = count.detach().long().clamp(max=self._slope.shape[1] - 1)[:, None]
+        # A gate that is not finite makes the cost so as well, but no index.
+        below = count.detach().nan_to_num().long().clamp(0, self._slope.shape[1] - 1)[:, None]
         start, slope = self._table.gather(1, below), self._slope.gather(1, below)
         return self.fixed / self.per_unit + (start + slope * (count[:, None] - below)).sum()
 

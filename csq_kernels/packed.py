@@ -29,13 +29,12 @@ float32. All other tensors are the parameters and buffers of the model under the
 """
 
 import math
-import os
+import mmap
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from csq_kernels import bitplanes
@@ -248,12 +247,8 @@ def load_packed(model: nn.Module, path: str | Path, precision: str = "exact") ->
         contents = read(file, path)
         try:
             _check_model(model, contents)
-            with safe_open(path, "pt") as mapped:
-                # Another process may just have put a new file in its place.
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    raise ValueError("expected one file, got another while reading")
-                tensors = {name: mapped.get_tensor(name) for name in contents.specs}
-        except (SafetensorError, ValueError) as error:
+            tensors = _map(file, contents)
+        except ValueError as error:
             raise PackedFileError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
         if zlib.crc32(_raw(tensor)) != contents.crc32[name]:
@@ -266,6 +261,25 @@ def load_packed(model: nn.Module, path: str | Path, precision: str = "exact") ->
             raise PackedFileError(f"{path}: layer {name}: {error}") from None
     _fill(model, contents, tensors, precision)
     return contents.file
+
+
+def _map(file: BinaryIO, contents: Contents) -> dict[str, Tensor]:
+    """The tensors of an open file, mapped; what is written to them stays in memory.
+
+    By the file and not by its path, as ``safetensors.safe_open`` does it: another process may just have replaced it.
+    """
+    mapped = mmap.mmap(file.fileno(), contents.file.file_bytes, access=mmap.ACCESS_COPY)
+    tensors: dict[str, Tensor] = {}
+    offset = contents.file.header_bytes
+    for name, (dtype, shape) in contents.specs.items():
+        count = math.prod(shape)
+        # frombuffer refuses to make an empty tensor.
+        flat = (
+            torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(shape)
+        offset += count * dtype.itemsize
+    return tensors
 
 
 def _check_model(model: nn.Module, contents: Contents) -> None:

@@ -410,3 +410,12 @@ def test_health_names_the_layer():
     assert "3: every gate is below the threshold, as hard its weight would be 0" in messages
     assert "3: every gate is saturated, its precision no longer moves" in messages
     assert any(message.startswith("7: 100.0% of the bit logits are frozen") for message in messages)
+
+
+def test_a_gate_that_is_not_finite_makes_the_penalty_so_and_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 3))
+    csq.prepare_(model)
+    search = csq.Search(model, "3 bits", total_steps=4)
+    with torch.no_grad():
+        model[0].gate_logits[2] = torch.nan
+    assert search.penalty().isnan() and "0: gate_logits is not finite" in search.health()

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
+import csq_kernels.commands.train as train_command
 from csq_kernels.train import checkpoint, loop, measure, models, phase, recipe, results, running, runs, sweep, timing
 
 SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
@@ -241,6 +242,22 @@ def test_resume_of_a_finished_run_changes_nothing(finished):
 def test_a_folder_with_a_run_is_not_overwritten(finished):
     with pytest.raises(running.TrainingError, match="--resume"):
         loop.train(small(), finished)
+
+
+def test_a_run_killed_between_two_renames_is_not_overwritten(finished, tmp_path):
+    shutil.copy(finished / checkpoint.NAME, tmp_path / checkpoint.PREVIOUS)
+    with pytest.raises(running.TrainingError, match="--resume"):
+        loop.train(small(), tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_said(finished, monkeypatch):
+    page = pytest.importorskip("csq_kernels.train.page")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(page, "write", full)
+    assert "No space left on device" in train_command._write_page(finished)
 
 
 def test_resume_with_another_recipe_names_the_difference(finished):

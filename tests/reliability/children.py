@@ -1,5 +1,6 @@
 """Children of a process that has imported and warmed up everything: they start at once, and may come to harm."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,21 +8,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from csq_kernels import cli
 
 CRASHED = 70
 
 
-def one_thread() -> None:
-    """A pool of threads would not survive a fork, so there is to be none."""
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
-
-
-def fork(function: Callable[[], object], output: Path) -> int:
-    """Call ``function`` in a child whose standard output and error go to ``output``; its process id.
+def fork(function: Callable[[], object], errors: Path) -> int:
+    """Call ``function`` in a child whose standard error goes to the file ``errors``; its process id.
 
     The child ends with the code of ``SystemExit``, 0 where the function returns, ``CRASHED`` after any other exception.
     """
@@ -32,9 +25,8 @@ def fork(function: Callable[[], object], output: Path) -> int:
         return child
     code = CRASHED
     try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         function()
         code = 0
     except SystemExit as end:
@@ -42,8 +34,8 @@ def fork(function: Callable[[], object], output: Path) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
 
 
