@@ -172,8 +172,12 @@ def step(rows: list[Row], folder: Path) -> list[Path]:
     """Time of a training step: a figure a shape, a column a rule and kind of gates, a line a provider."""
     written = []
     shapes: dict[tuple[int, ...], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in latest(rows, ("provider", "rule", "gates", "shape")):
-        shapes[tuple(row["shape"])][row["rule"], row["gates"]].append(row)
+    for row in rows:
+        panel = shapes[tuple(row["shape"])][row["rule"], row["gates"]]
+        # Times of different runs are not comparable: the last one counts.
+        if panel and (panel[-1]["commit"], panel[-1]["machine"]) != (row["commit"], row["machine"]):
+            panel.clear()
+        panel.append(row)
     for shape, panels in shapes.items():
         size = (1.5 + 3 * len(panels), 2.8)
         figure, grid = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -194,8 +198,7 @@ def step(rows: list[Row], folder: Path) -> list[Path]:
             axes.set(
                 xscale="log", xlim=(0.7 * min(floors), 2.5 * max(times)), yticks=range(len(names)), yticklabels=names
             )
-            commits = ", ".join(dict.fromkeys(row["commit"] for row in panel))
-            axes.set_title(f"{rule}, gates {gates}\n{commits}", fontsize=8)
+            axes.set_title(f"{rule}, gates {gates}\n{panel[-1]['machine']['isa']}, {panel[-1]['commit']}", fontsize=8)
             axes.set_xlabel("ms a step", fontsize=9)
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             plain(axes.xaxis)
