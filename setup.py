@@ -1,8 +1,8 @@
 """Builds csq_kernels._C with CMake and Ninja; everything else about the package is in pyproject.toml.
 
 Environment: ``CSQ_CUDA`` = auto (default: compile the CUDA kernels if nvcc is found and works), 0 (never) or 1 (fail
-without them); ``CSQ_CUDA_ARCHS`` = architectures, default ``80;90a;100``; ``CSQ_SANITIZE`` = sanitizers for tests of the
-native module, ``address,undefined`` or ``thread``; ``tests/reliability/sanitize.py`` builds and runs both.
+without them); ``CSQ_CUDA_ARCHS`` = architectures, default ``80;90a;100``; ``CSQ_SANITIZE`` = sanitizers for tests of
+the module, ``address,undefined`` or ``thread``; ``tests/reliability/sanitize.py`` builds and runs both.
 """
 
 import os
