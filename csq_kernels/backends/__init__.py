@@ -100,14 +100,14 @@ def _reorder(direction: str, op: str, planes: Tensor, *weight) -> Tensor:
     if op not in SCHEMAS:
         raise ValueError(f"expected op as one of {', '.join(SCHEMAS)}, got {op!r}")
     check_planes(planes, *weight)
-    device = planes.device.type
-    if device not in DEVICES:
-        return planes
-    module = _module(op, choose(op, device)[0].backend)
-    function = getattr(module, f"{op}_{direction}", None)
-    if function is None and planes.ndim != 2:
+    device, function = planes.device.type, None
+    if device in DEVICES:
+        function = getattr(_module(op, choose(op, device)[0].backend), f"{op}_{direction}", None)
+    if function is not None:
+        return function(planes, *weight)
+    if planes.ndim != 2:
         raise ValueError(f"expected canonical planes for {op} on {device}, got shape {tuple(planes.shape)}")
-    return planes if function is None else function(planes, *weight)
+    return planes
 
 
 def kernel(op: str, *arguments) -> str:
