@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -181,9 +182,16 @@ def test_all_goes_on_after_a_failure_and_fails(bench, of_suites, right, capsys) 
 def test_all_asks_every_suite_for_options_that_it_has(bench: ModuleType) -> None:
     for name, words in bench.ALL.items():
         options = bench.arguments(argparse.ArgumentParser(), name).parse_args(words.split())
-        cases = bench.SUITES[name].cases(options)
+        cases = list(bench.SUITES[name].cases(options))
         assert cases and all(case.cost > 0 for case in cases) and len({case.label for case in cases}) == len(cases)
     assert set(bench.SUITES) - set(bench.ALL) == {"reconstruct_launch"}
+
+
+def test_no_process_outlives_the_walks(bench: ModuleType, monkeypatch, tmp_path: Path) -> None:
+    options = ["--shapes", "2048x2048", "--bits", "2", "--batches", "64", "--threads", "1", "--rounds", "1"]
+    rows = rows_of(bench, monkeypatch, tmp_path / "lines", "bitserial", *options)
+    assert {row["provider"] for row in rows} == {"torch fp32", "csq int8", "csq high", "csq exact"}
+    assert not multiprocessing.active_children()
 
 
 def test_without_a_compiler_compiled_providers_are_skipped(bench: ModuleType, monkeypatch, capsys) -> None:

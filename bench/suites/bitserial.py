@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -213,18 +213,17 @@ class Workers:
             worker.stop()
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
-    """One for each shape, batch and number of threads; the processes of the last shape end with this one."""
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """One for each shape, batch and number of threads; no process outlives the last of them."""
     if options.isa == "avx2":
         os.environ.update(AVX2_ENVIRONMENT)
         print("avx2: csq and torch keep to it; onnxruntime and ggml cannot be told to and use what the processor has")
     workers = Workers(options)
-    # Some of the time goes with the bytes of the weights, some with the products.
-    return [
-        Case(
-            f"{shape[0]}x{shape[1]} batch {batch}, {threads} threads",
-            math.prod(shape) * (8 + batch),
-            functools.partial(workers.measure, shape, batch, threads),
-        )
-        for shape, batch, threads in itertools.product(options.shapes, options.batches, options.threads)
-    ]
+    try:
+        for shape, batch, threads in itertools.product(options.shapes, options.batches, options.threads):
+            label = f"{shape[0]}x{shape[1]} batch {batch}, {threads} threads"
+            # Some of the time goes with the bytes of the weights, some with the products.
+            cost = math.prod(shape) * (8 + batch)
+            yield Case(label, cost, functools.partial(workers.measure, shape, batch, threads))
+    finally:
+        workers.stop()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from accuracy import Norms, Verdict, twice
 from harness import Case, integers, interleave, names, peak_bytes, present, report_caught, without
 from peers.csq import PRECISIONS, rounded_to_int8
@@ -21,6 +22,8 @@ from csq_kernels.nn.pack import summary
 from csq_kernels.nn.prepare import csq_layers
 from csq_kernels.train import models
 
+# A compiled function has a version for each shape of a layer, with and without gradients: more than a few.
+torch._dynamo.config.recompile_limit = 256
 TRAIN = ("float", "reference", "reference-compiled", "separate", "single-pass")
 INFER = ("float", "torch dynamic int8", *(f"csq {precision}" for precision in PRECISIONS))
 MODES = {"infer": INFER, "train": TRAIN}
