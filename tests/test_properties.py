@@ -306,7 +306,7 @@ def short_run(total_steps, optimizer_class, options, schedule, interruptions):
     return torch.load(io.BytesIO(saved), weights_only=True)
 
 
-@settings(EXAMPLES, max_examples=25)
+@settings(EXAMPLES, max_examples=6)
 @given(
     st.integers(3, 16).flatmap(
         lambda total: st.tuples(st.just(total), st.sets(st.integers(1, total - 1), min_size=1, max_size=3).map(sorted))
