@@ -27,7 +27,7 @@ from csq_kernels._ops import PRECISIONS
 
 THREADS = 16
 # Seconds after which a process that does not end has hung.
-PATIENCE = 120
+PATIENCE = 600
 
 
 def network() -> nn.Module:
