@@ -87,10 +87,11 @@ def _serves_directly(input: Tensor) -> bool:
 
 
 def _forward(op: str, input: Tensor, *arguments) -> Tensor:
-    # The dispatcher also resolves what is negated lazily, such as the imaginary part of a conjugate.
-    lazy = input.is_neg() or any(isinstance(value, Tensor) and value.is_neg() for value in arguments[:3])
-    if not lazy and _serves_directly(input):
-        return backends.serve(op, input.device.type)(input, *arguments)
+    if _serves_directly(input):
+        # The dispatcher also resolves what is negated lazily, such as the imaginary part of a conjugate.
+        lazy = input.is_neg() or any(isinstance(value, Tensor) and value.is_neg() for value in arguments[:3])
+        if not lazy:
+            return backends.serve(op, input.device.type)(input, *arguments)
     return getattr(torch.ops.csq, op).default(input, *arguments)
 
 

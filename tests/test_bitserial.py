@@ -124,12 +124,15 @@ def test_linear(isa: str, case: Packed, precision: str, poisoned: None) -> None:
     rows, columns = case.shape
     tiles, coefficients = case.tiles()
     for batch in (1, 2, 3, 8, 97):
-        input, bias = torch.randn(batch, columns), torch.randn(rows)
-        output = functional.bitserial_linear(
-            input, tiles, case.step(), bias, coefficients=coefficients, weight_shape=case.shape, precision=precision
-        )
-        exact, eager = judged(case, input, bias, precision)
-        assert_within(output, exact, eager, name=f"batch {batch}")
+        results = []
+        # Of a few outputs the largest error is a matter of luck.
+        for _ in range(min(40, -(-1000 // (batch * rows)))):
+            input, bias = torch.randn(batch, columns), torch.randn(rows)
+            output = functional.bitserial_linear(
+                input, tiles, case.step(), bias, coefficients=coefficients, weight_shape=case.shape, precision=precision
+            )
+            results.append((output, *judged(case, input, bias, precision)))
+        assert_within(*map(torch.cat, zip(*results, strict=True)), name=f"batch {batch}")
 
 
 @pytest.mark.parametrize("precision, allowed", [("high", 5e-5), ("int8", 1e-2)])
