@@ -142,7 +142,8 @@ def full_disk(bench: Bench, size: int) -> None:
 
 
 def _as_nobody() -> None:
-    """Root may write everywhere."""
+    """Root may write everywhere, and this folder may be closed to others."""
+    os.chdir("/")
     if os.geteuid() == 0:
         os.setgid(NOBODY)
         os.setuid(NOBODY)

@@ -79,19 +79,19 @@ def check_whole(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without the seconds it took and its page."""
+    """All that a run leaves, without the seconds it took, its page, and the environment that it was last started in."""
     found: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.name in (checkpoint.NAME, checkpoint.PREVIOUS):
             found[path.name] = {key: value for key, value in checkpoint.read(path).items() if key != "seconds"}
         elif path.suffix == ".pt":
             found[path.name] = torch.load(path, weights_only=True)
-        elif path.suffix in (".json", ".jsonl"):
+        elif path.suffix in (".json", ".jsonl") and path.stem != "environment":
             lines = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
             found[path.name] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
         elif path.suffix == ".txt":
             found[path.name] = path.read_text()
-        elif path.suffix not in (".html", ".png", ".csv"):
+        elif path.suffix not in (".html", ".png", ".csv", ".json"):
             found[path.name] = path.read_bytes()
     return found
 
