@@ -33,7 +33,7 @@ def check(offline: ModuleType, kernels: list, architectures: set[str]) -> None:
     assert not missing, f"expected the kernels of the table, got none of {sorted(missing)}; {REWRITE}"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (80, 100))])
 def test_triton_kernels(offline: ModuleType, arch: int) -> None:
     check(offline, offline.compile_triton(arch), {f"sm_{arch}"})
 

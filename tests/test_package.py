@@ -23,8 +23,8 @@ PACKAGE = ROOT / "csq_kernels"
 
 # Who stands on whom, lowest first; a module may import its own rank and those below. ``__init__`` is the shop window.
 RANKS = [
-    {"bitplanes", "_interpreter", "_native", "files", "step", "table"},
-    {"_ops"},
+    {"bitplanes", "_interpreter", "_native", "files", "table"},
+    {"_ops", "step"},
     {"reference", "reference_step", "backends"},
     {"functional"},
     {"nn"},
