@@ -63,11 +63,11 @@ def fashion(epochs: int) -> dict[str, Experiment]:
     published = (f"epochs.search={2 * epochs - 2}", "epochs.finetune=2", "quantization.scale_granularity=layer")
     return {
         "float": Experiment("float", ("method=float",)),
-        "float-longer": Experiment("float, trained on as long", ("method=float",), "float", from_float),
         "lsq-3": _trained("LSQ, 3 bits everywhere", "method=lsq", "bits=3"),
         "csq-3": _trained("CSQ, 3.0 stored bits", "budget=3.0 bits"),
         "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
         "csq-2": _trained("CSQ, 2.0 stored bits", "budget=2.0 bits"),
+        "float-longer": Experiment("float, trained on as long", ("method=float",), "float", from_float),
         "lsq-4": _trained("LSQ, 4 bits everywhere", "method=lsq", "bits=4"),
         "csq-4": _trained("CSQ, 4.0 stored bits", "budget=4.0 bits"),
         "round-4": _trained("rounded to 4 bits", "method=round", "bits=4"),
