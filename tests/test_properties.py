@@ -53,10 +53,12 @@ def gradients(logits, gates, scale, temperature, options, grad):
 @EXAMPLES
 @given(layers(), st.sampled_from([0.5, 2.0, -4.0]))
 def test_linear_in_the_scale(layer, factor):
-    """Powers of two are exact, so this holds to the last bit."""
+    """Powers of two are exact, so this holds to the last bit of a normal number."""
     logits, gates, scale, temperature, options = layer
     weight = functional.reconstruct(logits, gates, scale, temperature, **options)
-    assert torch.equal(functional.reconstruct(logits, gates, factor * scale, temperature, **options), factor * weight)
+    scaled = functional.reconstruct(logits, gates, factor * scale, temperature, **options)
+    # Below the smallest normal number there are fewer bits.
+    torch.testing.assert_close(scaled, factor * weight, rtol=0, atol=4 * torch.finfo(torch.float32).tiny)
 
 
 @EXAMPLES
