@@ -94,6 +94,7 @@ def test_killed_runs_resume_to_the_same_bits_and_leave_no_files():
 def test_faults_are_one_line_and_leave_a_run_to_resume():
     names = [
         "files of 100000 bytes",
+        "read-only run",
         "removed folder",
         "data not finite",
         "memory for the model",

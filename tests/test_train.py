@@ -153,8 +153,10 @@ def test_max_minutes_ends_in_time_with_a_whole_model(tmp_path, monkeypatch):
     assert time.monotonic() - started < 60 * minutes + 3
     assert any("to end in time" in note for note in notes.notes)
     assert result["scheme"]["budget_met"] is True and result["hard_accuracy"] > 0.5
-    # Where a busy machine ends the run before its last step, the bits are still a little soft.
-    assert abs(result["soft_accuracy"] - result["hard_accuracy"]) < 0.05
+    if any("out of time" in note for note in notes.notes):  # before the last step: the bits are still a little soft
+        assert abs(result["soft_accuracy"] - result["hard_accuracy"]) < 0.05
+    else:
+        assert result["soft_accuracy"] == result["hard_accuracy"]
 
 
 def test_max_minutes_changes_nothing_where_time_is_plenty(finished, tmp_path, monkeypatch):

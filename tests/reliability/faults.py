@@ -8,6 +8,7 @@ gone, resume to the very bits of the undisturbed run.
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import re
@@ -32,7 +33,8 @@ SMALL = ["epochs.float=1", "epochs.search=1", "epochs.finetune=1", "batch_size=1
 SMALL += ["checkpoint.steps=2"]
 # The middle of the search: checkpoints of two phases, and not all that is written has been.
 MIDDLE = 15
-NOBODY = 65534
+# Of linux/capability.h.
+CAPABILITY_VERSION_3, CAP_DAC_OVERRIDE = 0x20080522, 1
 # Bytes: every file of a run is cut by one of the first; the others run out at different moments.
 FILE_SIZES = (500, 2_000, 4_000, 10_000, 20_000, 100_000, 200_000)
 DISK_SIZES = tuple(range(16 << 10, 576 << 10, 56 << 10))
@@ -141,26 +143,27 @@ def full_disk(bench: Bench, size: int) -> None:
         bench.recovers(run)
 
 
-def _as_nobody() -> None:
-    """Root may write everywhere, and this folder may be closed to others."""
-    os.chdir("/")
-    if os.geteuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+def _obey_permissions() -> None:
+    """Give up what lets root write everywhere, and keep what lets it read the package wherever that lies."""
+    header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    sets[0] &= ~(1 << CAP_DAC_OVERRIDE)  # the first word of the effective ones
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
 def read_only_parent(bench: Bench) -> None:
     folder = bench.folder / "read-only"
     folder.mkdir(mode=0o555)
-    bench.fails(folder / "run", _as_nobody, f"cannot write to {folder / 'run'}: .*Permission denied")
+    bench.fails(folder / "run", _obey_permissions, f"cannot write to {folder / 'run'}: .*Permission denied")
     assert not any(folder.iterdir())
 
 
 def read_only_run(bench: Bench) -> None:
     run = bench.folder / "read-only run"
-    bench.fails(run, lambda: at_iteration(MIDDLE, lambda: run.chmod(0o555) or _as_nobody()), "Permission denied")
+    bench.fails(run, lambda: at_iteration(MIDDLE, lambda: run.chmod(0o555) or _obey_permissions()), "Permission denied")
     run.chmod(0o555)
-    bench.fails(run, _as_nobody, f"cannot write to {run}: .*Permission denied.*checkpoint in .* stands")
+    bench.fails(run, _obey_permissions, f"cannot write to {run}: .*Permission denied.*checkpoint in .* stands")
     run.chmod(0o755)
     bench.recovers(run)
 
@@ -296,10 +299,14 @@ def packing(bench: Bench) -> None:
     file = run / "packed.safetensors"
     shutil.copy(run / running.PACKED, file)
     before = file.read_bytes()
-    faults: list[Callable[[], object]] = [lambda: limit(resource.RLIMIT_FSIZE, 2000), _as_nobody]
+    faults: list[Callable[[], object]] = [
+        lambda: limit(resource.RLIMIT_FSIZE, 2000),
+        lambda: run.chmod(0o555) or _obey_permissions(),
+    ]
     for fault, message in zip(faults, ("File too large", "Permission denied"), strict=True):
         assert_line(*bench.csq("pack", run, fault), FAILED, f"cannot write {file}: .*{message}")
         assert file.read_bytes() == before and not list(run.glob("*.tmp"))
+    run.chmod(0o755)
     file.unlink()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import record
 import torch
-from fuzz_packed import folder
+from fuzz_packed import folder, spoil
 
 from csq_kernels.train import checkpoint
 
@@ -49,29 +49,9 @@ def valid_file() -> bytes:
         return (Path(name) / checkpoint.NAME).read_bytes()
 
 
-def _spoil(content: bytes, chance: random.Random) -> bytes:
-    changed = bytearray(content or b"\0")
-    for _ in range(chance.choice((1, 1, 2, 8))):
-        at = chance.randrange(len(changed))
-        deed = chance.randrange(5)
-        if deed == 0:
-            changed[at] ^= 1 << chance.randrange(8)
-        elif deed == 1:
-            changed[at] = chance.randrange(256)
-        elif deed == 2:
-            del changed[at : at + chance.choice((1, 4, 200))]
-        elif deed == 3:
-            changed[at:at] = chance.randbytes(chance.choice((1, 4, 100)))
-        else:
-            changed[at : at + 8] = chance.choice((b"\0" * 8, b"\xff" * 8, b"\xff\xff\xff\x7f"))
-        if not changed:
-            break
-    return bytes(changed)
-
-
 def mutate(content: bytes, chance: random.Random) -> bytes:
     if chance.random() < 0.3:
-        return _spoil(content, chance)
+        return spoil(content, chance)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     for _ in range(chance.choice((1, 1, 2))):
@@ -80,7 +60,7 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
             name = next(key for key in entries if key.endswith("data.pkl"))
         deed = chance.random()
         if deed < 0.8:
-            entries[name] = _spoil(entries[name], chance)
+            entries[name] = spoil(entries[name], chance)
         elif deed < 0.9:
             entries[name] = chance.choice(list(entries.values()))
         elif len(entries) > 1:

@@ -128,19 +128,9 @@ def change_value(tree: Any, chance: random.Random) -> Any:
     return chance.choice(_VALUES)
 
 
-def mutate(content: bytes, chance: random.Random) -> bytes:
-    if chance.random() < 0.5:
-        header, metadata, tensors = split(content)
-        for _ in range(chance.choice((1, 1, 1, 2, 4))):
-            if chance.random() < 0.5:
-                header = change_value(header, chance)
-            else:
-                metadata = change_value(metadata, chance)
-            if not isinstance(header, dict) or not isinstance(metadata, dict):
-                return content[: chance.randrange(len(content))]
-        with contextlib.suppress(UnicodeEncodeError, ValueError):
-            return join(header, metadata, tensors)
-    changed = bytearray(content)
+def spoil(content: bytes, chance: random.Random) -> bytes:
+    """Bits and bytes changed, cut or put in, and words that may be lengths overwritten, the first one above all."""
+    changed = bytearray(content or b"\0")
     for _ in range(chance.choice((1, 1, 2, 8))):
         at = chance.randrange(len(changed))
         deed = chance.randrange(5)
@@ -153,10 +143,27 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
         elif deed == 3:
             changed[at:at] = chance.randbytes(chance.choice((1, 8, 100)))
         else:
-            changed[:8] = struct.pack("<Q", chance.choice((0, 1, 8, len(content), 2**31, 2**63, 2**64 - 1)))
+            start = chance.choice((0, at))
+            word = chance.choice((0, 1, 8, len(content), 2**31, 2**31 - 1, 2**63, 2**64 - 1))
+            changed[start : start + 8] = struct.pack("<Q", word)
         if not changed:
             break
     return bytes(changed)
+
+
+def mutate(content: bytes, chance: random.Random) -> bytes:
+    if chance.random() < 0.5:
+        header, metadata, tensors = split(content)
+        for _ in range(chance.choice((1, 1, 1, 2, 4))):
+            if chance.random() < 0.5:
+                header = change_value(header, chance)
+            else:
+                metadata = change_value(metadata, chance)
+            if not isinstance(header, dict) or not isinstance(metadata, dict):
+                return content[: chance.randrange(len(content))]
+        with contextlib.suppress(UnicodeEncodeError, ValueError):
+            return join(header, metadata, tensors)
+    return spoil(content, chance)
 
 
 def folder() -> "tempfile.TemporaryDirectory[str]":
