@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 import csq_kernels.commands.train as train_command
 from csq_kernels.train import checkpoint, loop, measure, models, phase, recipe, results, running, runs, sweep, timing
 
-SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=2", "batch_size=128", "log_every=4"]
+SMALL = ["epochs.float=2", "epochs.search=2", "epochs.finetune=6", "batch_size=128", "log_every=4"]
 
 
 def small(*overrides: str) -> recipe.Recipe:
@@ -192,7 +192,7 @@ def test_a_sweep_meets_each_budget_from_one_search(finished, tmp_path):
 def test_report_and_folder(finished):
     report, records, _ = outcome(finished)
     assert report["scheme"]["budget_met"] is True and report["scheme"]["stored_bits"] <= 3.0
-    assert report["soft_accuracy"] == report["hard_accuracy"] > 0.3
+    assert report["soft_accuracy"] == report["hard_accuracy"] > 0.5
     assert [record["iteration"] for record in records] == sorted({record["iteration"] for record in records})
     assert records[-1]["layer_bits"].keys() == {"hidden1", "hidden2", "head"}
     assert records[-1]["temperature"] > 1000
