@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from csq_kernels import table
-from csq_kernels.files import write_atomically
+from csq_kernels.files import write_text_atomically
 from csq_kernels.train.loop import flat
 from csq_kernels.train.results import Results
 
@@ -39,7 +39,7 @@ class Comparison:
         writer.writerow(("part", "name", *self.runs))
         for part in ("results", "recipe", "layers"):
             writer.writerows((part, *row) for row in getattr(self, part))
-        write_atomically(path, lambda file: file.write(buffer.getvalue().encode()))
+        write_text_atomically(path, buffer.getvalue())
 
 
 def _percent(share: float | None) -> str:

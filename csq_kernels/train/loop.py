@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import csq_kernels as csq
-from csq_kernels.files import remove_left_over, write_atomically
+from csq_kernels.files import remove_left_over, write_text_atomically
 from csq_kernels.train import checkpoint, models, runs
 from csq_kernels.train.methods import check_quantization, train_baseline, train_csq
 from csq_kernels.train.phase import optimizer_for, train_phase
-from csq_kernels.train.running import METRICS, Clock, Display, Run, Steps, TrainingError, write_text
+from csq_kernels.train.running import METRICS, Clock, Display, Run, Steps, TrainingError
 from csq_kernels.train.timing import fit_into_time
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _truncate_metrics(path: Path, iteration: int) -> None:
         if record["iteration"] > iteration:
             break
         kept.append(line + "\n")
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    write_text_atomically(path, "".join(kept))
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,8 +147,8 @@ def train(
         fit_into_time(run, shorten=state is None)
     out.mkdir(parents=True, exist_ok=True)
     remove_left_over(out)
-    write_text(out / "recipe.yaml", recipe.to_yaml())
-    write_text(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
+    write_text_atomically(out / "recipe.yaml", recipe.to_yaml())
+    write_text_atomically(out / "environment.json", json.dumps(environment(torch_device), indent=2) + "\n")
     done_before = 0
     if state is not None:
         done_before = state["step"] + (run.steps.float_ if state["phase"] != "float" else 0)

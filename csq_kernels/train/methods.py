@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import csq_kernels as csq
+from csq_kernels.files import write_text_atomically
 from csq_kernels.train import baselines, models, runs
 from csq_kernels.train.paper import PaperSearch
 from csq_kernels.train.phase import optimizer_for, search_for, train_phase
-from csq_kernels.train.running import FINAL_STATISTICS, FLOAT, PACKED, SEARCHED, Run, TrainingError, write_text
+from csq_kernels.train.running import FINAL_STATISTICS, FLOAT, PACKED, SEARCHED, Run, TrainingError
 
 
 def check_quantization(run: Run) -> None:
@@ -123,8 +124,8 @@ def _finish(run: Run, scheme: dict[str, Any] | None, text: str, size: int) -> di
     seconds = round(run.clock.seconds(), 1)
     result = {"recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "seconds": seconds}
     result |= {**run.results, "file_bytes": size, "scheme": scheme}
-    write_text(run.out / "report.txt", f"{text}\n\n{_accuracies(run.results)}\n")
-    write_text(run.out / "report.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomically(run.out / "report.txt", f"{text}\n\n{_accuracies(run.results)}\n")
+    write_text_atomically(run.out / "report.json", json.dumps(result, indent=2) + "\n")
     run.save("done", run.steps.quantized)
     return result
 

@@ -215,7 +215,3 @@ class Run:
         """What an epoch of CSQ has come to: the integers that its bits would be, and how far they are from them."""
         batches = self.statistics_batches(HARD_STATISTICS)
         return measure.measure(model, batches, lambda hard: runs.evaluate(hard, self.dataset).accuracy)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import csq_kernels as csq
 from csq_kernels import table
 from csq_kernels._ops import PRECISIONS
-from csq_kernels.files import write_atomically
+from csq_kernels.files import write_text_atomically
 from csq_kernels.nn import CSQLayer, PackedLayer
 from csq_kernels.train import checkpoint, data, models
 
@@ -144,7 +144,7 @@ def keep_workload(out: Path, recipe: "Recipe", model: nn.Module, dataset: data.D
     counted = csq.workload(model, sample, latency=any(budget.needs_latency for budget in budgets))
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(counted.to_dict(), indent=2) + "\n"
-    write_atomically(out / WORKLOAD, lambda file: file.write(text.encode()))
+    write_text_atomically(out / WORKLOAD, text)
 
 
 def load_workload(out: Path, recipe: "Recipe") -> csq.Workload | None:

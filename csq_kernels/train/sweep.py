@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csq_kernels import table
-from csq_kernels.files import write_atomically
+from csq_kernels.files import write_text_atomically
 from csq_kernels.train import checkpoint, loop, running
 from csq_kernels.train import recipe as recipes
 
@@ -76,7 +76,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text_atomically(path, text.getvalue())
 
 
 def show(rows: list[dict[str, Any]]) -> str:
