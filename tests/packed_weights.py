@@ -11,12 +11,15 @@ def signed(planes: int) -> tuple[int, ...]:
     return (-1 << (planes - 1), *(1 << bit for bit in reversed(range(planes - 1))))
 
 
-# All widths, unsigned ones, gaps, several runs with signs of their own, and more planes than one pass takes.
+# All widths, unsigned ones, gaps, several runs with signs of their own, codes of 8 bits that no signed byte holds, and
+# more planes than one pass takes.
 COEFFICIENTS = [
     *(signed(planes) for planes in range(1, 18)),
     (1,),
     (128, 64, 32, 16, 8, 4, 2, 1),
     (8, 1),
+    (128, -1),
+    (-128, -1),
     (-64, 32, -8, 4, 1),
     (65536, -256, 2),
     (-65536,),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, assert_within
+from packed_weights import make_planes
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -98,6 +99,19 @@ def test_weight_is_the_hard_weight_bit_for_bit(isa: str, case: Packed, poisoned:
     weight = functional.bitserial_weight(tiles, case.step(), coefficients, case.shape)
     assert weight.is_contiguous()
     assert torch.equal(weight, case.weight())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("signs", itertools.product((1, -1), repeat=2), ids=str)
+def test_two_planes_of_any_distance_and_sign(isa: str, signs: tuple[int, int], precision: str) -> None:
+    for exponent in range(1, 17):
+        coefficients = (signs[0] << exponent, signs[1])
+        codes, planes = make_planes(coefficients, 64, 128)
+        weight = {"coefficients": coefficients, "weight_shape": codes.shape}
+        tiles = backends.tile("bitserial_linear", planes, **weight)
+        for inputs in torch.eye(128).split((1, 2, 125)):
+            outputs = functional.bitserial_linear(inputs, tiles, torch.tensor(1.0), precision=precision, **weight)
+            torch.testing.assert_close(outputs, inputs @ codes.T.float(), rtol=1e-6, atol=0)
 
 
 def judged(case: Packed, input: Tensor, bias: Tensor, precision: str, **options) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,13 @@ Slices slices_of(const PlaneSet& planes, int most_bits) {
     return slices;
 }
 
+// multiply_codes takes bytes - offset as unsigned bytes, or as signed ones where there is an offset: 128 and -1 reach 128.
+bool codes_are_bytes(const Slice& slice) {
+    int largest = -slice.offset;
+    for (int position = 0; position < 8; ++position) largest += slice.planes[position] < 0 ? 0 : 1 << position;
+    return slice.offset == 0 || (slice.offset <= 128 && largest <= 127);
+}
+
 // Whether sums may come from tables, a look-up for every 4 bits, instead of products of unpacked bytes.
 bool suits_tables(const PlaneSet& planes, Precision precision, int64_t batch) {
     if (precision == Precision::exact || planes.count == 0) return false;
@@ -197,7 +204,8 @@ void linear_by_products(const BitserialKernels& kernels, const PackedWeight& w, 
     const Quantization quantization = quantization_of(precision, batch);
     const int limbs = quantization.limbs, parts = static_cast<int>(kTileColumns / quantization.columns);
     // Several slices have to become one float before the product, or small weights would be differences of large ones.
-    const bool from_codes = kernels.multiply_codes != nullptr && slices.count == 1 && batch <= 2;
+    const bool from_codes =
+        kernels.multiply_codes != nullptr && slices.count == 1 && batch <= 2 && codes_are_bytes(slices.list[0]);
     const int members = team(batch * w.rows * w.columns, bands * chunks, threads);
 #pragma omp parallel for num_threads(members) schedule(static) if (members > 1)
     for (int64_t task = 0; task < bands * chunks; ++task) {
