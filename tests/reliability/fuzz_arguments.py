@@ -597,6 +597,12 @@ def _usual(arguments: dict[str, Any]) -> bool:
     return True
 
 
+def _overflow_is_largest(tensor: Tensor) -> Tensor:
+    """In float64; what overflowed the dtype becomes its largest number, which is one rounding away from it."""
+    wide = tensor.detach().double()
+    return wide.clamp(-(most := torch.finfo(tensor.dtype).max), most) if tensor.is_floating_point() else wide
+
+
 def _equal(actual: Tensor, wanted: Tensor, arguments: dict[str, Any], largest: float) -> str | None:
     """What differs by more than roundings next to the largest of all results."""
     if actual.shape != wanted.shape:
@@ -607,7 +613,7 @@ def _equal(actual: Tensor, wanted: Tensor, arguments: dict[str, Any], largest: f
         return None if torch.equal(actual, wanted) else "other integers"
     floats = [value.dtype for value in arguments.values() if _owns_memory(value) and value.is_floating_point()]
     epsilon = max(torch.finfo(dtype).eps for dtype in (*floats, actual.dtype))
-    wide, expected = actual.detach().double(), wanted.detach().double()
+    wide, expected = _overflow_is_largest(actual), _overflow_is_largest(wanted)
     allowed = (64 if epsilon < 1e-6 else 4) * epsilon * max(1e-3, largest)
     allowed += torch.finfo(actual.dtype).tiny
     error = (wide - expected).abs().max().item()
@@ -688,7 +694,8 @@ def try_set(seed: int, number: int, memory: Memory) -> str:
             return "computed"
         raise failure(f"computed what the reference refuses: {type(error).__name__}: {error}") from error
     largest = max(
-        (w.detach().double().abs().max().item() for w in _tensors(wanted) if w.numel() and not w.is_meta), default=0.0
+        (_overflow_is_largest(w).abs().max().item() for w in _tensors(wanted) if w.numel() and not w.is_meta),
+        default=0.0,
     )
     for actual, expected in zip(_tensors(result), _tensors(wanted), strict=True):
         difference = _equal(actual, expected, plain, largest)
