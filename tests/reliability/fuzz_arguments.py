@@ -335,6 +335,8 @@ def _plainly(op: str, arguments: dict[str, Any]) -> Any:
     if "planes" in arguments:
         weight = (arguments["coefficients"], arguments["weight_shape"])
         family = "bitserial_conv2d" if len(arguments["weight_shape"]) == 4 else "bitserial_linear"
+        if arguments["planes"].is_meta and arguments["planes"].ndim > 2:
+            raise Unjudged("tiles without bytes")
         planes = backends.untile(family, arguments["planes"], *weight)
         if planes is not arguments["planes"] and not torch.equal(
             backends.tile(family, planes, *weight), arguments["planes"]
