@@ -601,7 +601,7 @@ def _usual(arguments: dict[str, Any]) -> bool:
 
 def _overflow_is_largest(tensor: Tensor) -> Tensor:
     """In float64; what overflowed the dtype becomes its largest number, which is one rounding away from it."""
-    wide = tensor.detach().double()
+    wide = tensor.detach().to_dense().double()
     return wide.clamp(-(most := torch.finfo(tensor.dtype).max), most) if tensor.is_floating_point() else wide
 
 

@@ -1,12 +1,13 @@
 """Memory and files of a process that goes on and on: ``python tests/reliability/long_run.py --minutes 60``.
 
 A cycle is a whole run of ``csq train``, with all its checkpoints, then its packed file read and run in each precision.
-Resident memory is read after each cycle, without the pages of libraries, which the system drops and reads as it likes;
-its slope by least squares, the first sixth of the time left out, must stay below ``SLOPE``, and the count of open files
-where it was.
+Resident memory is read after each cycle, once Python has collected what waits for its collector, and without the pages
+of libraries, which the system drops and reads as it likes; its slope by least squares, the first sixth of the time left
+out, must stay below ``SLOPE``, and the count of open files where it was.
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -71,6 +72,7 @@ def run(minutes: float, show: bool = True) -> tuple[int, list[Sample]]:
     while time.monotonic() - started < 60 * minutes or len(samples) < 3:
         with tempfile.TemporaryDirectory() as folder:
             steps += cycle(len(samples), Path(folder))
+        gc.collect()
         seconds = time.monotonic() - started
         samples.append(Sample(seconds, resident_bytes(), len(os.listdir("/proc/self/fd"))))
         if show:
