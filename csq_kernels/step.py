@@ -151,8 +151,12 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
         if tensor.is_neg():
             raise ValueError(f"expected {name} as it is in memory, got a negated view: resolve_neg copies it")
     for name, tensor in written.items():
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(f"expected {name} with memory for each element, got an expanded tensor")
+        # From the innermost dimension outwards, each steps over all that the ones before it reach.
+        reach = 1
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride < reach:
+                raise ValueError(f"expected {name} with memory for each element, got strides {tensor.stride()}")
+            reach += stride * (size - 1)
     extents = sorted(((*_extent(tensor), name) for name, tensor in (written | read).items()))
     reached, last = 0, ""
     for start, end, name in extents:

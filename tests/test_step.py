@@ -282,6 +282,7 @@ def test_memory_that_is_written_is_nobody_elses() -> None:
         ({"momenta": (layer.bit_logits,)}, "in memory of their own"),
         ({"after": Vectors(layer.weight.flatten()[:4], *layer.after[1:])}, "in memory of their own"),
         ({"weight": layer.weight[:1].expand(5, 7)}, "expected weight with memory for each element"),
+        ({"weight": layer.weight.as_strided((5, 7), (1, 1))}, "expected weight with memory for each element"),
         ({"grad_weight": torch._neg_view(layer.grad_weight)}, "expected grad_weight as it is in memory"),
     ):
         with pytest.raises(ValueError, match=message):
