@@ -157,11 +157,21 @@ def encode(codes: Tensor, active: Collection[int] | None = None) -> tuple[Tensor
 def decode(planes: Tensor, coefficients: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The codes that ``encode`` was given, int32 of ``shape``.
 
+    Raises:
+        ValueError: the planes are not as many, or not as long, as the coefficients and the shape say.
+        TypeError: they are not uint8.
+
     Example:
         >>> decode(*encode(torch.tensor([[-3, 0], [3, 5]])), (2, 2)).tolist()
         [[-3, 0], [3, 5]]
     """
     weights = math.prod(shape)
+    # Before anything is allocated for a shape that may come from anywhere.
+    expected = (len(coefficients), plane_bytes(weights))
+    if planes.shape != expected:
+        raise ValueError(f"expected planes of shape {expected}, got {tuple(planes.shape)}")
+    if planes.dtype != torch.uint8:
+        raise TypeError(f"expected planes of dtype uint8, got {planes.dtype}")
     codes = torch.zeros(weights, dtype=torch.int32, device=planes.device)
     for start in range(0, weights, _BLOCK):
         block = codes[start : start + _BLOCK]

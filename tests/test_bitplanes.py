@@ -111,3 +111,14 @@ def test_codes_with_other_digits_are_refused(codes, active):
 def test_coefficients_that_are_none(coefficients):
     with pytest.raises(ValueError, match="expected coefficients as plus or minus powers of two"):
         bitplanes.check_coefficients(coefficients)
+
+
+def test_decode_refuses_planes_of_another_weight() -> None:
+    planes, coefficients = bitplanes.encode(torch.tensor([-3, 0, 3, 5]))
+    for shape in ((9,), (1 << 40,), (-4,)):
+        with pytest.raises(ValueError, match=r"expected planes of shape \(\d, -?\d+\), got \(4, 1\)"):
+            bitplanes.decode(planes, coefficients, shape)
+    with pytest.raises(ValueError, match=r"expected planes of shape \(3, 1\), got \(4, 1\)"):
+        bitplanes.decode(planes, coefficients[1:], (4,))
+    with pytest.raises(TypeError, match="expected planes of dtype uint8, got torch.int32"):
+        bitplanes.decode(planes.int(), coefficients, (4,))

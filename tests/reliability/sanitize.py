@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("kind", choices=SANITIZERS)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--folder", type=Path, help="with a package that was built before; default: a new one")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="in the place of the usual ones")
+    parser.add_argument("command", nargs="*", help="after --, in the place of the usual ones")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
