@@ -15,8 +15,10 @@ PAGE = ROOT / "docs" / "reliability.md"
 # The order of the table.
 CHECKS = (
     "packed files",
+    "packed files, sanitized",
     "checkpoints",
     "native arguments",
+    "native arguments, sanitized",
     "address and undefined behaviour",
     "threads",
     "kills",
@@ -42,12 +44,15 @@ _COMMIT = _commit()
 
 def record(check: str, tried: str, failures: int) -> None:
     """Keep what a script tried and how many times it failed, in the place of an earlier run of the same check."""
+    arguments = ["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        check += ", sanitized"
+        arguments = ["python", "tests/reliability/sanitize.py", "address", "--", *arguments]
     if check not in CHECKS:
         raise ValueError(f"expected check as one of {', '.join(CHECKS)}, got {check}")
-    arguments = [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
     line = {
         "check": check,
-        "command": " ".join(["python", *arguments]),
+        "command": " ".join(arguments),
         "tried": tried,
         "failures": failures,
         "seconds": round(time.monotonic() - _STARTED),

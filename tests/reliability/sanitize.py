@@ -10,7 +10,8 @@ It is built for the processor alone, with ``CSQ_SANITIZE``, into a folder that c
   loops. The teams are threads of ``openmp_threads.cpp``, since libgomp's own look like races to it. What it cannot see:
   accesses by PyTorch and CPython themselves, which are not instrumented, and those by intrinsics with a mask.
 
-``--short`` is what ``make sanitize`` and CI run. With a command after ``--`` that command runs in the place of all.
+``--short`` is what ``make sanitize`` and CI run. A command after ``--`` runs in the place of all, such as
+``python tests/reliability/fuzz_packed.py`` under AddressSanitizer, which is a line of its own in the records.
 """
 
 import argparse
@@ -121,7 +122,9 @@ def main() -> None:
         if options.folder is None:
             build(options.kind, folder)
         check_control(options.kind, folder)
-        for command in [options.command] if options.command else commands(options.kind, options.short):
+        # It runs in another folder.
+        given = [os.path.abspath(word) if os.path.exists(word) else word for word in options.command]
+        for command in [given] if given else commands(options.kind, options.short):
             status = run(options.kind, folder, command)
             if status:
                 sys.exit(status)
