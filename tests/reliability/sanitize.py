@@ -111,24 +111,29 @@ def commands(kind: str, short: bool) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [-h] [--short] [--folder FOLDER] {address,thread} [-- COMMAND ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("kind", choices=SANITIZERS)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--folder", type=Path, help="with a package that was built before; default: a new one")
-    parser.add_argument("command", nargs="*", help="after --, in the place of the usual ones")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    before = words.index("--") if "--" in words else len(words)
+    options, command = parser.parse_args(words[:before]), words[before + 1 :]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if options.folder is None:
             build(options.kind, folder)
         check_control(options.kind, folder)
         # It runs in another folder.
-        given = [os.path.abspath(word) if os.path.exists(word) else word for word in options.command]
-        for command in [given] if given else commands(options.kind, options.short):
-            status = run(options.kind, folder, command)
+        given = [os.path.abspath(word) if os.path.exists(word) else word for word in command]
+        for words in [given] if given else commands(options.kind, options.short):
+            status = run(options.kind, folder, words)
             if status:
                 sys.exit(status)
-    if not options.short and not options.command:
+    if not options.short and not command:
         record.record(CHECKS[options.kind], TRIED[options.kind], failures=0)
 
 
