@@ -102,7 +102,7 @@ def test_weight_is_the_hard_weight_bit_for_bit(isa: str, case: Packed, poisoned:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("signs", itertools.product((1, -1), repeat=2), ids=str)
+@pytest.mark.parametrize("signs", [*itertools.product((1, -1), repeat=2)], ids=str)
 def test_two_planes_of_any_distance_and_sign(isa: str, signs: tuple[int, int], precision: str) -> None:
     for exponent in range(1, 17):
         coefficients = (signs[0] << exponent, signs[1])

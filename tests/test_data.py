@@ -156,7 +156,9 @@ def test_mnist5k():
     assert inputs.mean().abs() < 1e-4 and (inputs.std() - 1).abs() < 1e-3
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"1,2\n3,4\n"), gzip.compress(b"a,b\n")])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"1,2\n3,4\n"), gzip.compress(b"a,b\n")], ids=["plain", "numbers", "words"]
+)
 def test_mnist5k_names_a_damaged_file(tmp_path, content):
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(content)

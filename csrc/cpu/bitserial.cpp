@@ -68,7 +68,8 @@ Slices slices_of(const PlaneSet& planes, int most_bits) {
     return slices;
 }
 
-// multiply_codes takes bytes - offset as unsigned bytes, or as signed ones where there is an offset: 128 and -1 reach 128.
+// multiply_codes takes bytes - offset as unsigned bytes, or as signed ones where there is an offset: 128 and -1 reach
+// 128.
 bool codes_are_bytes(const Slice& slice) {
     int largest = -slice.offset;
     for (int position = 0; position < 8; ++position) largest += slice.planes[position] < 0 ? 0 : 1 << position;
