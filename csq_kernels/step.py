@@ -151,6 +151,8 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
         if tensor.is_neg():
             raise ValueError(f"expected {name} as it is in memory, got a negated view: resolve_neg copies it")
     for name, tensor in written.items():
+        if tensor.is_contiguous():
+            continue
         # From the innermost dimension outwards, each steps over all that the ones before it reach.
         reach = 1
         for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
