@@ -17,7 +17,6 @@ import inspect
 import math
 import mmap
 import multiprocessing
-import os
 import random
 import resource
 import struct
@@ -603,7 +602,10 @@ def _usual(arguments: dict[str, Any]) -> bool:
 def _overflow_is_largest(tensor: Tensor) -> Tensor:
     """In float64; what overflowed the dtype becomes its largest number, which is one rounding away from it."""
     wide = tensor.detach().to_dense().double()
-    return wide.clamp(-(most := torch.finfo(tensor.dtype).max), most) if tensor.is_floating_point() else wide
+    if not tensor.is_floating_point():
+        return wide
+    most = torch.finfo(tensor.dtype).max
+    return wide.clamp(-most, most)
 
 
 def _equal(actual: Tensor, wanted: Tensor, arguments: dict[str, Any], largest: float) -> str | None:
@@ -751,7 +753,7 @@ def _worker(sets: range, seed: int, progress: str, answer: Any, limit: bool) -> 
 def run_in_processes(sets: int, seed: int, processes: int) -> Counter[str]:
     """Share the sets; ``Failure`` with the number of the set at which a process died."""
     # AddressSanitizer reserves all address space there is.
-    limit = "asan" not in os.environ.get("LD_PRELOAD", "")
+    limit = not record.sanitized()
     context = multiprocessing.get_context("spawn")
     share = -(-sets // processes)
     counts = Counter[str]()

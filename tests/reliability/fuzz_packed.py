@@ -215,7 +215,7 @@ def run(files: int, seed: int, show: bool = True) -> Counter[str]:
 def _limit() -> None:
     torch.set_num_threads(1)
     # AddressSanitizer reserves all address space there is.
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+    if not record.sanitized():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
 

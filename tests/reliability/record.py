@@ -15,10 +15,8 @@ PAGE = ROOT / "docs" / "reliability.md"
 # The order of the table.
 CHECKS = (
     "packed files",
-    "packed files, sanitized",
     "checkpoints",
     "native arguments",
-    "native arguments, sanitized",
     "address and undefined behaviour",
     "threads",
     "kills",
@@ -29,6 +27,8 @@ CHECKS = (
     "module tests",
     "distributions",
 )
+# After the name of a check that ran under AddressSanitizer, which is a line of its own.
+SANITIZED = ", sanitized"
 BEGIN, END = "<!-- table -->\n", "<!-- end of the table -->\n"
 _STARTED = time.monotonic()
 
@@ -42,14 +42,23 @@ def _commit() -> str:
 _COMMIT = _commit()
 
 
+def sanitized() -> bool:
+    """Whether ``sanitize.py address`` runs this process."""
+    return "asan" in os.environ.get("LD_PRELOAD", "")
+
+
+def _place(line: dict[str, Any]) -> tuple[int, str]:
+    return CHECKS.index(line["check"].removesuffix(SANITIZED)), line["check"]
+
+
 def record(check: str, tried: str, failures: int) -> None:
     """Keep what a script tried and how many times it failed, in the place of an earlier run of the same check."""
-    arguments = ["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
-    if "asan" in os.environ.get("LD_PRELOAD", ""):
-        check += ", sanitized"
-        arguments = ["python", "tests/reliability/sanitize.py", "address", "--", *arguments]
     if check not in CHECKS:
         raise ValueError(f"expected check as one of {', '.join(CHECKS)}, got {check}")
+    arguments = ["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    if sanitized():
+        check += SANITIZED
+        arguments = ["python", "tests/reliability/sanitize.py", "address", "--", *arguments]
     line = {
         "check": check,
         "command": " ".join(arguments),
@@ -60,7 +69,7 @@ def record(check: str, tried: str, failures: int) -> None:
         "commit": _COMMIT,
     }
     kept = [old for old in read() if old["check"] != check] + [line]
-    kept.sort(key=lambda old: CHECKS.index(old["check"]))
+    kept.sort(key=_place)
     RECORDS.write_text("".join(json.dumps(old) + "\n" for old in kept))
 
 
