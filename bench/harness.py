@@ -22,6 +22,7 @@ COPY_BYTES = 256 << 20  # larger than any cache, so a copy also evicts the opera
 AWAKE_SECONDS = 0.03  # after so long the threads of a pool are awake and spread over the cores
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would note every use on stderr
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -63,6 +63,13 @@ def int8_product(codes: np.ndarray, step: float, x: np.ndarray) -> np.ndarray:
     return session([weight], [step], 8, INT8, 1, lut=False).run(None, {"x": x})[0]
 
 
+def balanced(random: np.random.Generator, shape: tuple[int, int], bits: int) -> np.ndarray:
+    """Random bytes without a field of 0: codes from ``1 - 2^(bits - 1)``, of mean 0, so that no chain overflows."""
+    fields = np.arange(256)[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1
+    allowed = np.flatnonzero(fields.all(1)).astype(np.uint8)
+    return allowed[random.integers(0, len(allowed), shape, dtype=np.uint8)]
+
+
 @dataclass(frozen=True)
 class MatMulNBits:
     name: str
@@ -74,8 +81,8 @@ class MatMulNBits:
     def walk(self, shape: Shape, batch: int, threads: int) -> Walk:
         random = np.random.default_rng(0)
         shapes = chain(shape, self.bits, batch)
-        weights = [random.integers(0, 256, (n, k * self.bits // 8), dtype=np.uint8) for n, k in shapes]
-        deviation = np.sqrt((4**self.bits - 1) / 12)
+        weights = [balanced(random, (n, k * self.bits // 8), self.bits) for n, k in shapes]
+        deviation = np.sqrt(((2**self.bits - 1) ** 2 - 1) / 12)
         scales = [1 / (deviation * np.sqrt(k)) for n, k in shapes]
         layers = session(weights, scales, self.bits, self.level, threads, self.lut)
         x = random.standard_normal((batch, shapes[0][1]), dtype=np.float32)
