@@ -37,7 +37,7 @@ def compare(old: Path, new: Path) -> tuple[int, str]:
 def test_same_speed_on_a_machine_that_drifts(tmp_path, seed):
     old = lines(tmp_path / "old.jsonl", seed=seed)
     code, text = compare(old, lines(tmp_path / "new.jsonl", drift=1.3, seed=seed + 100))
-    assert code == 0 and "0 slower" in text and "drift is 1.3" in text
+    assert code == 0 and "0 slower" in text and "drift is 1.3" in text and "come apart by 0%" in text
 
 
 def test_a_tenth_slower_is_called(tmp_path):
@@ -57,6 +57,38 @@ def test_a_tenth_within_the_noise_is_not(tmp_path):
             row["seconds"] = {name: 1.1 * value for name, value in row["seconds"].items()}
     new.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare(old, new)[0] == 0
+
+
+def test_of_repeated_runs_of_a_commit_the_fastest_counts(tmp_path):
+    old, new = lines(tmp_path / "old.jsonl"), lines(tmp_path / "new.jsonl", ours=1.1, seed=1)
+    disturbed = lines(tmp_path / "disturbed.jsonl", drift=1.5, noise=0.1).read_text()
+    for path, ours in ((old, 1.0), (new, 1.1)):
+        earlier = (
+            lines(tmp_path / "earlier.jsonl", ours=0.5 * ours)
+            .read_text()
+            .replace('"rounds"', '"commit": "1", "rounds"')
+        )
+        path.write_text(earlier + path.read_text() + disturbed)
+    code, text = compare(old, new)
+    assert code == 1 and text.count("SLOWER") == 2
+
+
+def test_what_a_copy_lost_is_not_held_against_a_kernel(tmp_path):
+    old, new = lines(tmp_path / "old.jsonl"), lines(tmp_path / "new.jsonl", ours=1.2, seed=1)
+    for path, bandwidth in ((old, 50e9), (new, 50e9)):
+        path.write_text(path.read_text().replace('"rounds"', f'"copy_bytes_per_second": {bandwidth}, "rounds"'))
+    assert compare(old, new)[0] == 1
+    new.write_text(new.read_text().replace("50000000000.0", "34000000000.0"))
+    code, text = compare(old, new)
+    assert code == 0 and "two runs come apart by 3" in text
+
+
+def test_folders(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        lines(tmp_path / name / "reconstruct.jsonl")
+    code, text = compare(tmp_path / "old", tmp_path / "new")
+    assert code == 0 and "2 measurements, 0 slower" in text
 
 
 def test_nothing_in_common(tmp_path):
