@@ -240,7 +240,7 @@ def bytes_per_weight(rows: list[Row], folder: Path) -> list[Path]:
         axes.set_xlabel("bytes a weight of 8 bits", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
         axes.invert_yaxis()
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, folder / "bytes-per-weight")
@@ -277,7 +277,7 @@ def scaling(rows: list[Row], folder: Path) -> list[Path]:
                 else:
                     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_xlabel(name, fontsize=9)
-            rest = (f"{key} {number:,}" for key, number in others.items() if number is not None)
+            rest = (f"{key} {number:,}" for key, number in others.items() if number is not None and key in swept)
             times.set_title(", ".join(rest), fontsize=8)
         grid[0, 0].set_ylabel("ms", fontsize=9)
         grid[1, 0].set_ylabel("bytes a weight, at most", fontsize=9)
