@@ -375,6 +375,33 @@ def test_half_of_a_tie_is_an_error():
     assert type(model.embedding) is nn.Embedding
 
 
+@pytest.mark.parametrize("inputs, kernel", [(1, 3), (4, 3), (4, 1)])
+def test_a_channels_last_weight_stays_so(inputs: int, kernel: int) -> None:
+    """Where the image does not say which format it has, as with one channel, a float layer answers in the weight's."""
+    layer = nn.Conv2d(inputs, 8, kernel).to(memory_format=torch.channels_last)
+    image = torch.randn(2, inputs, 6, 6)
+    strides, output = layer.weight.stride(), layer(image).stride()
+    model = nn.Sequential(layer)
+    csq.prepare_(model)
+
+    def check() -> None:
+        assert (layer.weight.stride(), layer(image).stride()) == (strides, output)
+
+    check()
+    optimizer = csq.optim.SGD(model, 0.1)
+    check()
+    layer(image).square().sum().backward()
+    optimizer.step()
+    check()
+    assert copy.deepcopy(layer).to_float().weight.stride() == strides
+    csq.finalize_(model)
+    check()
+    unchanged = nn.Conv2d(inputs, 8, kernel)
+    weight, expected = unchanged.weight.stride(), unchanged(image).stride()
+    csq.prepare_(nn.Sequential(unchanged))
+    assert (unchanged.weight.stride(), unchanged(image).stride()) == (weight, expected)
+
+
 def test_multihead_attention_runs_with_its_projection_left_float():
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear is not supported"):

@@ -27,7 +27,7 @@ def native_layer(layer: StepLayer, weight: Tensor, grad_weight: Tensor) -> Any:
         weight_dtype=DTYPES[weight.dtype],
         momenta=[momentum.data_ptr() for momentum in layer.momenta],
         momentum_scales=[scales.data_ptr() for scales in layer.momentum_scales],
-        rule=_C.StepRule(**dataclasses.asdict(layer.rule)),
+        rule=_C.StepRule(**vars(layer.rule)),
         key=layer.key,
         outer=outer,
         channels=channels,

@@ -22,6 +22,8 @@ STAGES = ("float", "search", "finetune", "hard")
 # beta * u of a gate at the start, at beta = 1: sig(1) = 0.73. Not 0: gates on the threshold all flip at the first step.
 INITIAL_GATE_LOGIT = 1.0
 BUFFERS = ("temperature", "codes")
+# Of the weights of convolutions over images and volumes, besides the contiguous one.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _STATE_VERSION = 1
 
 
@@ -71,6 +73,17 @@ class Config:
 OPTIONS = tuple(f.name for f in fields(Config) if f.name != "rules")
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    """By the strides, as convolutions see it: where an axis has one element, both formats are contiguous."""
+    if weight.ndim not in _CHANNELS_LAST:
+        return False
+    last, first = (
+        torch.empty(weight.shape, memory_format=memory_format, device="meta").stride()
+        for memory_format in (_CHANNELS_LAST[weight.ndim], torch.contiguous_format)
+    )
+    return weight.stride() == last != first
+
+
 class CSQLayer(LeafWeight):
     """Mixin in front of an ``nn`` layer: its weight is equation (3) instead of a parameter.
 
@@ -91,6 +104,8 @@ class CSQLayer(LeafWeight):
     channel_axis = 0
     quantizes_input = True
     stage = "float"
+    # Whether the weight is channels last, as the float one was: convolutions answer in the format of input or weight.
+    channels_last = False
 
     bit_logits: nn.Parameter
     gate_logits: nn.Parameter
@@ -153,7 +168,7 @@ class CSQLayer(LeafWeight):
             del self._parameters[name]
         for name in BUFFERS:
             del self._buffers[name]
-        for name in ("bits", "stage", "_made_of", *OPTIONS):
+        for name in ("bits", "stage", "channels_last", "_made_of", *OPTIONS):
             self.__dict__.pop(name, None)
 
     @staticmethod
@@ -169,6 +184,7 @@ class CSQLayer(LeafWeight):
         assert weight is not None
         self.bits = tuple(range(self.n_bits))
         self.stage = "search"
+        self.channels_last = _is_channels_last(weight)
         self.register_module("input_quantizer", None)
         if config.act_bits is not None and self.quantizes_input:
             self.input_quantizer = ActivationQuantizer(config.act_bits, config.act_quantizer, device=weight.device)
@@ -233,8 +249,11 @@ class CSQLayer(LeafWeight):
         if self.stage == "float":
             raise AttributeError("weight")
         if self.codes is not None:
-            return self.hard_weight()
-        return self._reconstruct(self.bit_logits, self.gate_logits, self.scale)
+            return self._in_format(self.hard_weight())
+        return self._in_format(self._reconstruct(self.bit_logits, self.gate_logits, self.scale))
+
+    def _in_format(self, weight: Tensor) -> Tensor:
+        return weight.clone(memory_format=_CHANNELS_LAST[weight.ndim]) if self.channels_last else weight
 
     def _reconstruct(self, bit_logits: Tensor, gate_logits: Tensor, scale: Tensor) -> Tensor:
         return functional.reconstruct(

@@ -39,6 +39,9 @@ class LeafWeight(nn.Module):
     def _reconstruct(self, bit_logits: Tensor, gate_logits: Tensor, scale: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _in_format(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
     @property
     def weight_is_leaf(self) -> bool:
         """Whether the layer is in the single-pass mode, where ``weight`` is the parameter."""
@@ -75,7 +78,7 @@ class LeafWeight(nn.Module):
         if self.weight_is_leaf:
             return
         if leader is None:
-            weight = self._reconstruct(self.bit_logits, self.gate_logits, self.scale)
+            weight = self._in_format(self._reconstruct(self.bit_logits, self.gate_logits, self.scale))
             leaf = nn.Parameter(weight, requires_grad=self.bit_logits.requires_grad)
         else:
             leaf = leader.leaf
