@@ -145,7 +145,9 @@ def run(suite_name: str, name: str, seed: int, folder: Path, arguments: list[str
     if not (out / "report.json").exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.log", "a") as log:
-            code = subprocess.run([*command, "--out", str(out), *arguments], stdout=log, stderr=log).returncode
+            # Not from the root: Python would import the sources, which have no native module.
+            whole = [*command, "--out", str(out), *arguments]
+            code = subprocess.run(whole, stdout=log, stderr=log, cwd=out.parent).returncode
         if code:
             print(f"{name}, seed {seed}: failed with {code}, see {out}.log")
             return None
@@ -232,6 +234,7 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         context = {key: value for key, value in circumstances("cpu").items() if key in ("commit", "machine")}
         context["machine"] |= {"threads": threads}
+        folder = options.out.resolve() / options.suite
         names = options.only or list(suite.experiments)
         # By what must come first: all float models, then what starts from them, then what starts from a search.
         for level in (None, "float", "csq-3"):
@@ -242,9 +245,7 @@ def main() -> None:
                 for seed in options.seeds or suite.experiments[name].seeds
             ]
             with ThreadPoolExecutor(options.workers) as pool:
-                done = pool.map(
-                    lambda job: run(options.suite, *job, options.out / options.suite, options.arguments), jobs
-                )
+                done = pool.map(lambda job: run(options.suite, *job, folder, options.arguments), jobs)
                 for row in done:
                     if row is not None:
                         write(row | context)

@@ -1,5 +1,7 @@
 """The experiments of ``bench/recipes.py`` are recipes that exist, and the pages of results say what was measured."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +40,22 @@ def test_pages_say_what_the_results_hold(recipes):
     for suite in measured:
         page = recipes.DOCUMENTS / f"{suite}.md"
         assert page.read_text() == recipes.table(suite), f"stale: python bench/recipes.py {suite} --table"
+
+
+def test_runs_do_not_start_where_the_sources_are(recipes, tmp_path, monkeypatch):
+    """``python -m`` looks in its folder first, and sources have no native module."""
+    report = {"method": "lsq", "seconds": 1.0, "hard_accuracy": 0.5, "scheme": None}
+
+    def start(command, cwd, **streams):
+        assert cwd == tmp_path and f"init={tmp_path / 'float-s1'}" in command
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir()
+        (out / "report.json").write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(recipes.subprocess, "run", start)
+    row = recipes.run("fashion_mnist_resnet20_half", "lsq-3", 1, tmp_path, [])
+    assert (row["experiment"], row["seed"], row["hard_accuracy"]) == ("lsq-3", 1, 0.5)
 
 
 def test_a_line_takes_the_place_of_an_older_run(recipes, tmp_path, monkeypatch):
