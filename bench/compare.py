@@ -27,6 +27,8 @@ MACHINE = ("cpu", "cores", "isa", "threads", "gpu")
 # One group has one drift.
 GROUP = ("op", "mode")
 OURS = ("csq", "single-pass")
+# Our kernels with PyTorch's optimizer and memory: says nothing of either alone. ``reconstruct`` judges the kernels.
+MIXED = "separate"
 BANDWIDTHS = ("copy_bytes_per_second", "read_bytes_per_second")
 # Between the 20th and 80th percentile of a normal distribution lie 1.683 deviations; the median of n values deviates by
 # 1.253 / sqrt(n) of one. A ratio is judged at 95 %.
@@ -107,7 +109,8 @@ def ratio_of(old: Row, new: Row) -> float:
 
 def machine_of(pairs: list[tuple[Row, Row]]) -> Machine:
     """What the machine did between the runs, by what is not ours."""
-    others = [(math.log(ratio_of(old, new)), error_of(old, new)) for old, new in pairs if not is_ours(new)]
+    foreign = [(old, new) for old, new in pairs if not is_ours(new) and new["provider"] != MIXED]
+    others = [(math.log(ratio_of(old, new)), error_of(old, new)) for old, new in foreign]
     bandwidths = [(bandwidth(old), bandwidth(new)) for old, new in pairs]
     copies = [(math.log(before / after), 0.0) for before, after in bandwidths if before and after]
     drift = statistics.median([ratio for ratio, _ in others or copies] or [0.0])
@@ -121,16 +124,15 @@ def changes(old: dict[Key, Row], new: dict[Key, Row]) -> tuple[list[Change], dic
     for key in new:
         if key in old:
             groups[group_of(key)].append(key)
-    machines = {group: machine_of([(old[key], new[key]) for key in keys]) for group, keys in groups.items()}
+    machines: dict[Key, Machine] = {}
     found = []
     for group, keys in groups.items():
+        machine = machines[group] = machine_of([(old[key], new[key]) for key in keys])
         for key in keys:
             if is_ours(new[key]):
                 times = (old[key]["seconds"]["median"], new[key]["seconds"]["median"])
-                ratio = ratio_of(old[key], new[key]) / machines[group].drift
-                found.append(
-                    Change(key, *times, ratio, math.exp(error_of(old[key], new[key]) + machines[group].scatter))
-                )
+                uncertainty = math.exp(error_of(old[key], new[key]) + machine.scatter)
+                found.append(Change(key, *times, ratio_of(old[key], new[key]) / machine.drift, uncertainty))
     return found, machines
 
 

@@ -75,12 +75,24 @@ def test_of_repeated_runs_of_a_commit_the_fastest_counts(tmp_path):
 
 def test_what_a_copy_lost_is_not_held_against_a_kernel(tmp_path):
     old, new = lines(tmp_path / "old.jsonl"), lines(tmp_path / "new.jsonl", ours=1.2, seed=1)
-    for path, bandwidth in ((old, 50e9), (new, 50e9)):
-        path.write_text(path.read_text().replace('"rounds"', f'"copy_bytes_per_second": {bandwidth}, "rounds"'))
+    for path in (old, new):
+        path.write_text(path.read_text().replace('"rounds"', '"copy_bytes_per_second": 50e9, "rounds"'))
     assert compare(old, new)[0] == 1
-    new.write_text(new.read_text().replace("50000000000.0", "34000000000.0"))
+    new.write_text(new.read_text().replace("50e9", "34e9"))
     code, text = compare(old, new)
     assert code == 0 and "two runs come apart by 3" in text
+
+
+def test_our_kernels_in_an_opponent_say_nothing_of_the_machine(tmp_path):
+    old, new = lines(tmp_path / "old.jsonl"), lines(tmp_path / "new.jsonl", ours=1.1, seed=1)
+    for path, slowdown in ((old, 1.0), (new, 1.5)):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in [row for row in rows if row["provider"] == "csq"]:
+            seconds = {name: slowdown * value for name, value in row["seconds"].items()}
+            rows.append(row | {"provider": "separate", "seconds": seconds})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text = compare(old, new)
+    assert code == 1 and text.count("SLOWER") == 2 and "separate" not in text
 
 
 def test_folders(tmp_path):
