@@ -51,6 +51,8 @@ class Suite:
     recipe: str
     common: tuple[str, ...]
     experiments: dict[str, Experiment] = field(default_factory=dict)
+    # What the runs are judged by: accuracy, or loss in nats where what comes next is to be told.
+    figure: str = "accuracy"
 
 
 def _trained(about: str, *overrides: str, **options: Any) -> Experiment:
@@ -105,7 +107,21 @@ ABLATION = {
     "distilled": _trained("with distillation", "distillation={weight: 0.5}"),
 }
 
+LANGUAGE = {
+    "float": Experiment("float", ("method=float",)),
+    "csq-3": _trained("CSQ, 3.0 stored bits"),
+    "lsq-3": _trained("LSQ, 3 bits everywhere", "method=lsq", "bits=3"),
+    "round-3": _trained("rounded to 3 bits", "method=round", "bits=3"),
+}
+
 SUITES = {
+    "char_gpt": Suite(
+        "A character-level GPT on the plays of Shakespeare",
+        "char_gpt",
+        ("precision=bfloat16", "checkpoint.minutes=3"),
+        LANGUAGE,
+        figure="loss",
+    ),
     "fashion_mnist_cnn_ablation": Suite(
         "What each setting is worth: a small convolutional network on Fashion-MNIST at 2.0 stored bits",
         "fashion_mnist_resnet20",
@@ -154,11 +170,22 @@ def run(suite_name: str, name: str, seed: int, folder: Path, arguments: list[str
     result = json.loads((out / "report.json").read_text())
     scheme = result["scheme"] or {}
     kept = ("float_accuracy", "soft_accuracy", "hard_accuracy", "file_bytes", "seconds")
+    if suite.figure == "loss":
+        kept += ("float_loss", "soft_loss", "hard_loss")
     row = {"op": "recipe", "suite": suite_name, "experiment": name, "method": result["method"], "seed": seed}
     row |= {key: result.get(key) for key in kept}
     row |= {key: scheme.get(key) for key in ("stored_bits", "paper_bits", "budget", "budget_met")}
-    print(f"{name}, seed {seed}: {row['hard_accuracy']:.2%}, {row['seconds']:.0f} s")
+    print(f"{name}, seed {seed}: {_figure(suite, row):.{_digits(suite)}f}, {row['seconds']:.0f} s")
     return row | {"recipe": suite.recipe, "overrides": [*suite.common, *experiment.overrides]}
+
+
+def _figure(suite: Suite, row: dict[str, Any], model: str = "hard") -> float:
+    """Accuracy in percent, or loss in nats."""
+    return row[f"{model}_{suite.figure}"] * (100 if suite.figure == "accuracy" else 1)
+
+
+def _digits(suite: Suite) -> int:
+    return 2 if suite.figure == "accuracy" else 4
 
 
 def read() -> list[dict[str, Any]]:
@@ -181,15 +208,18 @@ def table(suite_name: str) -> str:
     """The results of a suite as a page."""
     suite = SUITES[suite_name]
     rows = [row for row in read() if row["suite"] == suite_name]
+    digits = _digits(suite)
+    measured = "Accuracy" if suite.figure == "accuracy" else "Loss"
+    unit = "in percent" if suite.figure == "accuracy" else "in nats a character"
     lines = [
         f"# {suite.title}",
         "",
         f"Recipe `{suite.recipe}` with {', '.join(f'`{override}`' for override in suite.common)}; every line is "
         "`python bench/recipes.py " + suite_name + "`.",
-        "Accuracy is that of the exact integers on the whole test set, in percent: mean and each seed. Bits are as "
+        f"{measured} is that of the exact integers on the whole test set, {unit}: mean and each seed. Bits are as "
         "stored, averaged over the weights; bytes are of the whole file.",
         "",
-        "| method | stored bits | file bytes | accuracy | seeds | soft - exact | budget met | minutes |",
+        f"| method | stored bits | file bytes | {suite.figure} | seeds | soft - exact | budget met | minutes |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, experiment in suite.experiments.items():
@@ -197,17 +227,17 @@ def table(suite_name: str) -> str:
         if not chosen:
             lines.append(f"| {experiment.about} | | | not run | | | | |")
             continue
-        accuracies = [100 * row["hard_accuracy"] for row in chosen]
-        soft = [100 * (row["soft_accuracy"] - row["hard_accuracy"]) for row in chosen if row["soft_accuracy"]]
+        figures = [_figure(suite, row) for row in chosen]
+        soft = [_figure(suite, row, "soft") - _figure(suite, row) for row in chosen if row["soft_accuracy"]]
         bits = [row["stored_bits"] for row in chosen if row["stored_bits"] is not None]
         met = {None: "", True: "yes", False: "no"}
         cells = (
             experiment.about,
             f"{statistics.mean(bits):.2f}" if bits else "32",
             f"{statistics.mean(row['file_bytes'] for row in chosen):,.0f}",
-            f"{statistics.mean(accuracies):.2f}",
-            " ".join(f"{accuracy:.2f}" for accuracy in accuracies),
-            f"{max(soft, key=abs):+.2f}" if soft else "",
+            f"{statistics.mean(figures):.{digits}f}",
+            " ".join(f"{figure:.{digits}f}" for figure in figures),
+            f"{max(soft, key=abs):+.{digits}f}" if soft else "",
             ", ".join(sorted({met[row["budget_met"]] for row in chosen})),
             f"{statistics.mean(row['seconds'] for row in chosen) / 60:.0f}",
         )

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -302,6 +303,49 @@ def test_a_search_ends_as_exact_integers_within_budget(options, drop, budget):
     hard, soft = model(values), statistics(values)
     assert (hard - soft).abs().max() <= 0.02 * hard.abs().max()
     assert torch.equal(hard, model(values))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_random_configuration_meets_its_budget(seed):
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    width, bias, smallest = choose.randint(1, 9), choose.random() < 0.5, choose.choice([1, 1, 2])
+    network = nn.Sequential(
+        nn.Conv2d(1, width, choose.choice([1, 3]), padding=choose.randint(0, 1), bias=bias),
+        choose.choice([nn.BatchNorm2d(width), nn.Identity()]),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(choose.randint(1, 4)),
+        nn.Flatten(),
+        nn.LazyLinear(choose.randint(1, 12), bias=bias),
+        nn.ReLU(),
+        nn.LazyLinear(10),
+    )
+    network(batch(0)[0])
+    n_bits = choose.randint(max(smallest, 2), 8)
+    config = csq.Config(
+        n_bits=n_bits,
+        initial_bits=choose.choice([None, choose.randint(smallest, n_bits)]),
+        gate_granularity=choose.choice(["layer", "channel"]),
+        scale_granularity=choose.choice(["layer", "channel"]),
+        act_bits=choose.choice([None, None, 4]),
+        min_bits=smallest,
+    )
+    csq.prepare_(network, config)
+    paper = choose.uniform(smallest, n_bits)
+    budget = choose.choice([f"{paper + 1:.2f} bits", f"{paper:.2f} paper bits"])
+    steps = choose.randint(2, 40)
+    single_pass = choose.choice([csq.optim.SGD, csq.optim.AdamW, None])
+    if single_pass is None:
+        search, optimizer = start(network, budget, steps, search_share=choose.uniform(0.1, 0.9))
+    else:
+        optimizer = single_pass(network, lr=1e-2, logit_lr=choose.choice([0.05, 1.0]), gate_lr=choose.choice([0.02, 0.5]))
+        search = csq.Search(network, budget, steps, optimizer=optimizer, search_share=choose.uniform(0.1, 0.9))
+    train(network, search, optimizer, steps)
+    report = csq.finalize_(network, budget=budget)
+    assert report.budget_met and search.progress()["gap"] <= 0
+    assert all(row.paper_bits >= smallest for row in report.layers)
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    assert network.eval()(batch(99)[0]).isfinite().all()
 
 
 def test_dropping_planes_does_not_change_the_weights():
