@@ -333,13 +333,14 @@ def test_a_random_configuration_meets_its_budget(seed):
     csq.prepare_(network, config)
     paper = choose.uniform(smallest, n_bits)
     budget = choose.choice([f"{paper + 1:.2f} bits", f"{paper:.2f} paper bits"])
-    steps = choose.randint(2, 40)
+    steps, share = choose.randint(2, 40), choose.uniform(0.1, 0.9)
     single_pass = choose.choice([csq.optim.SGD, csq.optim.AdamW, None])
     if single_pass is None:
-        search, optimizer = start(network, budget, steps, search_share=choose.uniform(0.1, 0.9))
+        search, optimizer = start(network, budget, steps, search_share=share)
     else:
-        optimizer = single_pass(network, lr=1e-2, logit_lr=choose.choice([0.05, 1.0]), gate_lr=choose.choice([0.02, 0.5]))
-        search = csq.Search(network, budget, steps, optimizer=optimizer, search_share=choose.uniform(0.1, 0.9))
+        rates = {"lr": 1e-2, "logit_lr": choose.choice([0.05, 1.0]), "gate_lr": choose.choice([0.02, 0.5])}
+        optimizer = single_pass(network, **rates)
+        search = csq.Search(network, budget, steps, optimizer=optimizer, search_share=share)
     train(network, search, optimizer, steps)
     report = csq.finalize_(network, budget=budget)
     assert report.budget_met and search.progress()["gap"] <= 0
