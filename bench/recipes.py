@@ -69,6 +69,10 @@ def fashion(epochs: int) -> dict[str, Experiment]:
         "csq-3": _trained("CSQ, 3.0 stored bits", "budget=3.0 bits"),
         "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
         "csq-2": _trained("CSQ, 2.0 stored bits", "budget=2.0 bits"),
+        "lsq-3-labels": _trained("LSQ, 3 bits everywhere, labels alone", "method=lsq", "bits=3", "distillation=null"),
+        "lsq-2-labels": _trained("LSQ, 2 bits everywhere, labels alone", "method=lsq", "bits=2", "distillation=null"),
+        "csq-3-labels": _trained("CSQ, 3.0 stored bits, labels alone", "budget=3.0 bits", "distillation=null"),
+        "csq-2-labels": _trained("CSQ, 2.0 stored bits, labels alone", "budget=2.0 bits", "distillation=null"),
         "float-longer": Experiment("float, trained on as long", ("method=float",), "float", from_float),
         "lsq-4": _trained("LSQ, 4 bits everywhere", "method=lsq", "bits=4"),
         "csq-4": _trained("CSQ, 4.0 stored bits", "budget=4.0 bits"),
@@ -86,7 +90,7 @@ def fashion(epochs: int) -> dict[str, Experiment]:
         ),
         "csq-paper-2": Experiment(
             "the published rules from scratch, 2 paper bits",
-            ("preset=paper", "epochs.float=0", *published, "budget=2.0 paper bits"),
+            ("preset=paper", "epochs.float=0", "distillation=null", *published, "budget=2.0 paper bits"),
             seeds=(0,),
         ),
     }
@@ -104,7 +108,8 @@ ABLATION = {
     "no-search": _trained(
         "no search: one paper bit everywhere", "quantization.n_bits=1", "epochs.search=1", "epochs.finetune=3"
     ),
-    "distilled": _trained("with distillation", "distillation={weight: 0.5}"),
+    "labels": _trained("no distillation, labels alone", "distillation=null"),
+    "slow": _trained("a third of the rate, half of the bits'", "csq_optimizer.lr=2e-3", "csq_optimizer.logit_lr=0.05"),
 }
 
 LANGUAGE = {
@@ -138,8 +143,8 @@ SUITES = {
             "model.options={width: 8}",
             "precision=bfloat16",
             "epochs.float=12",
-            "epochs.search=5",
-            "epochs.finetune=7",
+            "epochs.search=2",
+            "epochs.finetune=10",
             "checkpoint.minutes=3",
         ),
         fashion(12),
