@@ -8,6 +8,7 @@ the results make of it, with exit code 1.
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,8 @@ PRECISIONS = ("int8", "high", "exact")
 RECONSTRUCT = {"reference": "reference", "reference-compiled": "reference, compiled", "eager": "per plane"}
 RECONSTRUCT |= {"compiled": "per plane, compiled"}
 STEP = RECONSTRUCT | {"separate": "separate"}
+# Of what recipes.py trains.
+NAMES = {"float": "float", "csq": "CSQ", "lsq": "LSQ, one precision", "round": "rounded"}
 
 Row = dict[str, Any]
 
@@ -172,6 +175,20 @@ def networks(mode: str) -> str:
     return table(["", *providers, "measured on"], body)
 
 
+def accuracy(suite: str, *experiments: str) -> str:
+    """Accuracy of the exact integers, mean over the seeds, and the size of the file, for experiments of recipes.py."""
+    body = []
+    for experiment in experiments:
+        rows = [row for row in lines("recipes") if (row["suite"], row["experiment"]) == (suite, experiment)]
+        bits = [row["stored_bits"] or 32 for row in rows]
+        size = statistics.mean(row["file_bytes"] for row in rows)
+        found = [100 * row["hard_accuracy"] for row in sorted(rows, key=lambda row: row["seed"])]
+        seeds = " ".join(f"{value:.2f}" for value in found)
+        mean = f"{statistics.mean(found):.2f} % ({seeds})"
+        body.append([NAMES[rows[0]["method"]], f"{statistics.mean(bits):.2f}", f"{size:,.0f} bytes", mean])
+    return table(["", "bits a weight", "file", "accuracy, mean and each seed"], body)
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "reconstruct": reconstruct,
     "step": step,
@@ -180,6 +197,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "packed": packed,
     "language_model": language_model,
     "networks": networks,
+    "accuracy": accuracy,
 }
 
 

@@ -21,6 +21,7 @@ from harness import ROOT, circumstances
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 DOCUMENTS = ROOT / "docs" / "results"
+DISTILLED = "distillation={weight: 0.5}"
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def fashion(epochs: int) -> dict[str, Experiment]:
         "csq-3": _trained("CSQ, 3.0 stored bits", "budget=3.0 bits"),
         "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
         "csq-2": _trained("CSQ, 2.0 stored bits", "budget=2.0 bits"),
-        "lsq-3-labels": _trained("LSQ, 3 bits everywhere, labels alone", "method=lsq", "bits=3", "distillation=null"),
-        "lsq-2-labels": _trained("LSQ, 2 bits everywhere, labels alone", "method=lsq", "bits=2", "distillation=null"),
-        "csq-3-labels": _trained("CSQ, 3.0 stored bits, labels alone", "budget=3.0 bits", "distillation=null"),
-        "csq-2-labels": _trained("CSQ, 2.0 stored bits, labels alone", "budget=2.0 bits", "distillation=null"),
+        "lsq-3-distilled": _trained("LSQ, 3 bits everywhere, distilled", "method=lsq", "bits=3", DISTILLED),
+        "csq-3-distilled": _trained("CSQ, 3.0 stored bits, distilled", "budget=3.0 bits", DISTILLED),
+        "lsq-2-distilled": _trained("LSQ, 2 bits everywhere, distilled", "method=lsq", "bits=2", DISTILLED),
+        "csq-2-distilled": _trained("CSQ, 2.0 stored bits, distilled", "budget=2.0 bits", DISTILLED),
         "float-longer": Experiment("float, trained on as long", ("method=float",), "float", from_float),
         "lsq-4": _trained("LSQ, 4 bits everywhere", "method=lsq", "bits=4"),
         "csq-4": _trained("CSQ, 4.0 stored bits", "budget=4.0 bits"),
@@ -90,7 +91,7 @@ def fashion(epochs: int) -> dict[str, Experiment]:
         ),
         "csq-paper-2": Experiment(
             "the published rules from scratch, 2 paper bits",
-            ("preset=paper", "epochs.float=0", "distillation=null", *published, "budget=2.0 paper bits"),
+            ("preset=paper", "epochs.float=0", *published, "budget=2.0 paper bits"),
             seeds=(0,),
         ),
     }
@@ -102,13 +103,16 @@ ABLATION = {
     "csq-2": _trained("the recipe"),
     "sgd": _trained("bits by SGD at the rate of the rest", "csq_optimizer=null", "optimizer.gate_lr=0.3"),
     "sgd-50": _trained("bits by SGD at 50", "csq_optimizer=null", "optimizer.gate_lr=0.3", "optimizer.logit_lr=50"),
-    "no-decision": _trained("temperature (9) over the whole finetune stage", "search.decision_share=0"),
+    "no-decision": _trained(
+        "temperature (9) over the whole finetune stage", "search.decision_share=0", "search.lateness=1"
+    ),
+    "early": _trained("temperature (9) until the bits decide", "search.lateness=1"),
     "final-200": _trained("last temperature 200", "search.final_temperature=200"),
     "scale-layer": _trained("one scale a layer", "quantization.scale_granularity=layer"),
     "no-search": _trained(
         "no search: one paper bit everywhere", "quantization.n_bits=1", "epochs.search=1", "epochs.finetune=3"
     ),
-    "labels": _trained("no distillation, labels alone", "distillation=null"),
+    "distilled": _trained("with distillation", DISTILLED),
     "slow": _trained("a third of the rate, half of the bits'", "csq_optimizer.lr=2e-3", "csq_optimizer.logit_lr=0.05"),
 }
 

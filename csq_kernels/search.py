@@ -49,6 +49,8 @@ class Search:
         schedule: ``"exponential"`` (9), ``"linear"`` or ``"cosine"`` (in the logarithm of the temperature).
         decision_share: share of the finetune stage, at its end, in which the temperature goes on from
             ``search_temperature``, up to which bits learn, to ``final_temperature``, at which they are decided.
+        lateness: before that share, the finetune stage follows (9) not in the share ``x`` of the way but in
+            ``x ** lateness``: bits move far while they are soft, and are decided once the learning rate has fallen.
         workload: what ``workload(model, example_input)`` counted, for a budget in bit operations, or measured with
             ``latency=True``, for one in milliseconds.
 
@@ -82,6 +84,7 @@ class Search:
         final_temperature: float = 10000.0,
         schedule: str = "exponential",
         decision_share: float = 0.2,
+        lateness: float = 3.0,
         workload: Workload | None = None,
     ):
         if total_steps < 2:
@@ -95,6 +98,8 @@ class Search:
             raise ValueError(f"expected strength of at least 0 and finite, got {strength}")
         if not 0 <= decision_share < 1:
             raise ValueError(f"expected decision_share of at least 0 and below 1, got {decision_share}")
+        if not 0 < lateness < math.inf:
+            raise ValueError(f"expected lateness above 0 and finite, got {lateness}")
         if schedule not in SCHEDULES:
             raise ValueError(f"expected schedule as one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.model = model
@@ -107,6 +112,7 @@ class Search:
         self.final_temperature = final_temperature
         self.schedule = schedule
         self.decision_share = decision_share
+        self.lateness = lateness
         self.steps_done = 0
         self.costs = costs(model, budget, workload)
         # The first: layers and weights are the same in all.
@@ -144,11 +150,9 @@ class Search:
         done = min(self.steps_done, self.total_steps) - self.search_steps
         share = done / (self.total_steps - self.search_steps)
         learning = 1 - self.decision_share
-        if learning == 1:
-            return self._rise(1.0, self.final_temperature, share)
-        middle = min(self.search_temperature, self.final_temperature)
+        middle = min(self.search_temperature, self.final_temperature) if learning < 1 else self.final_temperature
         if share <= learning:
-            return self._rise(1.0, middle, share / learning)
+            return self._rise(1.0, middle, (share / learning) ** self.lateness)
         return self._rise(middle, self.final_temperature, (share - learning) / self.decision_share)
 
     def _rise(self, first: float, last: float, share: float) -> float:

@@ -244,10 +244,11 @@ def test_a_packed_layer_computes_what_the_hard_one_does(inputs, outputs, scheme,
     st.sampled_from(SCHEDULES),
     st.floats(1, 300),
     st.floats(1, 1e6),
+    st.floats(0.1, 10),
     st.floats(1.3, 4),
 )
 def test_temperature_and_target_rise_and_fall_to_what_was_promised(
-    total_steps, search_share, decision_share, schedule, search_temperature, final_temperature, limit
+    total_steps, search_share, decision_share, schedule, search_temperature, final_temperature, lateness, limit
 ):
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
     csq.prepare_(model, csq.Config(n_bits=4))
@@ -260,6 +261,7 @@ def test_temperature_and_target_rise_and_fall_to_what_was_promised(
         schedule=schedule,
         search_temperature=search_temperature,
         final_temperature=final_temperature,
+        lateness=lateness,
     )
     stages, temperatures, targets = [], [], []
     for _ in range(total_steps):

@@ -124,7 +124,7 @@ def test_penalty_weighs_layers_by_their_weights():
 
 def test_temperature_follows_equation_9():
     model = build()
-    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.0}
+    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.0, "lateness": 1.0}
     search, _ = start(model, total_steps=20, search_share=0.5, **options)
     seen = []
     for _ in range(20):
@@ -139,13 +139,14 @@ def test_temperature_follows_equation_9():
 
 
 def test_bits_learn_before_they_decide():
-    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.2}
+    options = {"search_temperature": 16.0, "final_temperature": 1000.0, "decision_share": 0.2, "lateness": 2.0}
     search, _ = start(build(), total_steps=20, search_share=0.5, **options)
     values = []
     for _ in range(20):
         values.append(search.temperature)
         search.step()
-    assert values[10] == 1.0 and values[14] == pytest.approx(4.0) and values[18] == pytest.approx(16.0)
+    assert values[5] == pytest.approx(4.0), "the search keeps to (9)"
+    assert values[10] == 1.0 and values[14] == pytest.approx(2.0) and values[18] == pytest.approx(16.0)
     assert values[19] == pytest.approx((16 * 1000) ** 0.5) and search.temperature == pytest.approx(1000.0)
 
 
@@ -271,6 +272,7 @@ def test_budget_out_of_reach_says_what_can_be_reached(budget):
         ({"final_temperature": math.nan}, "expected final_temperature of at least 1 and finite, got nan"),
         ({"search_temperature": 0.5}, "expected search_temperature of at least 1 and finite, got 0.5"),
         ({"strength": -1.0}, "expected strength of at least 0 and finite, got -1.0"),
+        ({"lateness": 0.0}, "expected lateness above 0 and finite, got 0.0"),
         ({"schedule": "step"}, "expected schedule as one of exponential, linear, cosine, got 'step'"),
     ],
 )

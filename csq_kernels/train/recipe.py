@@ -117,6 +117,9 @@ class SearchOptions(_Section):
     decision_share: float = Field(
         default=_SEARCH_DEFAULTS["decision_share"], ge=0, lt=1, description="of the finetune stage, where bits decide"
     )
+    lateness: float = Field(
+        default=_SEARCH_DEFAULTS["lateness"], gt=0, description="how late the temperature rises before that; 1: as (9)"
+    )
 
 
 class Distillation(_Section):
