@@ -31,7 +31,7 @@ from csq_kernels.train.phase import lr_factor
 
 RESULTS = Path(__file__).parent / "results" / "binary_digits.jsonl"
 FLOAT_EPOCHS, EPOCHS, BATCH = 4, 4, 128
-# As docs/recipe.md: where bits learn, and where they are decided.
+# Where bits learn, and where they are decided: the same for all, lower rates and an earlier rise than docs/recipe.md.
 LEARNING, SEARCH_TEMPERATURE, FINAL_TEMPERATURE = 0.8, 30.0, 10000.0
 LOGIT_LR, SCALE_LR, LR, WEIGHT_DECAY = 0.05, 2e-4, 2e-3, 0.02
 STATISTICS_BATCHES = 100
