@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--table", action="store_true", help="only write the page from the results")
     parser.add_argument("arguments", nargs="*", help="further options of csq train, after --")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not options.table:
         suite = SUITES[options.suite]
         threads = max(1, (os.cpu_count() or 1) // options.workers)

@@ -13,7 +13,10 @@ The results equal those of ``torch.optim`` on the logits themselves, up to round
 - ``clip_grad_norm_`` sees ``dL/dW``, one number a weight, in place of the bit gradients;
 - ``step()`` uses up the gradients of gates and scales, which no longer belong to ``model.parameters()``;
 - ``AveragedModel`` needs ``use_buffers=True``: the average is taken over the logits;
-- a weight written by hand is not a set of bits: use ``layer.set_weight_``.
+- a weight written by hand is not a set of bits: use ``layer.set_weight_``;
+- ``SGD`` decays the weight that the bits make, as it does that of a float layer: ``weight_decay * W`` is added to
+  ``dL/dW``, and moves logits, gates and scales by (4), (5), (6). With logits as parameters, add
+  ``weight_decay / 2 * layer.weight.square().sum()`` of each layer to the loss for the same.
 
 Between processes only ``dL/dW`` travels, by ``DistributedDataParallel`` or ``fully_shard``. The former finds the logits
 of rank 0 everywhere once the optimizer is built from the wrapped model. Under the latter each process holds and steps
@@ -151,6 +154,11 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         lr, weight_decay = defaults["lr"], defaults["weight_decay"]
         super().__init__(param_groups(model, lr, weight_decay, **rates), self._stock.defaults)
 
+    def _gradient(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        """``dL/dW`` of the rows that this process holds, as the step is to see it."""
+        assert weight.grad is not None
+        return local(weight.grad).resolve_neg()
+
     def _rule(self, group: dict[str, Any], step: int) -> Rule:
         raise NotImplementedError
 
@@ -217,10 +225,9 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         gates, scale = layer.own_gates(layer.gate_logits.detach()), layer.own_scale(layer.scale.detach())
         after = Vectors(gates, scale, layer.temperature)
         names = [name for name in self._momenta if name in state]
-        assert weight.grad is not None
         return StepLayer(
             weight=local(weight.detach()),
-            grad_weight=local(weight.grad).resolve_neg(),
+            grad_weight=self._gradient(weight, group),
             bit_logits=layer.own_bit_logits(),
             before=Vectors(*(vector.clone() for vector in after)),
             after=after,
@@ -325,8 +332,9 @@ class SGD(SinglePassOptimizer):
 
     Args:
         model: prepared by ``prepare_``; its CSQ layers enter the mode in which ``weight`` is the leaf.
-        lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``. Logits,
-            gates, scales, biases and norms are never decayed.
+        lr, momentum, dampening, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``.
+        weight_decay: as in ``torch.optim.SGD``, of all weights: those of CSQ layers by way of their bits. Logits, gates
+            and scales themselves, biases and norms are never decayed.
         logit_lr, gate_lr, scale_lr: learning rates of these; default ``lr``.
         narrow: keep logits in bfloat16 with stochastic rounding and momenta in 8 bits: 56 bytes of training state a
             weight of 8 bits instead of 136.
@@ -379,6 +387,16 @@ class SGD(SinglePassOptimizer):
         }
         rates = {"logit_lr": logit_lr, "gate_lr": gate_lr, "scale_lr": scale_lr}
         super().__init__(model, defaults, torch.optim.SGD, rates, narrow, seed)
+        for group in self.param_groups:
+            if group["name"] == "bit_logits":
+                group["weight_decay"] = weight_decay
+
+    def _gradient(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        gradient, decay = super()._gradient(weight, group), group["weight_decay"]
+        if decay == 0:
+            return gradient
+        # The rule turns the gradient around where the loss is to grow, but the weight is to shrink all the same.
+        return gradient.add(local(weight.detach()), alpha=-decay if group["maximize"] else decay)
 
     def _needs_momenta(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0
@@ -393,8 +411,9 @@ class AdamW(SinglePassOptimizer):
 
     Args:
         model: prepared by ``prepare_``; its CSQ layers enter the mode in which ``weight`` is the leaf.
-        lr, betas, eps, weight_decay, maximize, foreach, fused: as in ``torch.optim.AdamW``. Logits, gates, scales,
-            biases and norms are never decayed.
+        lr, betas, eps, maximize, foreach, fused: as in ``torch.optim.AdamW``.
+        weight_decay: as in ``torch.optim.AdamW``, of float layers alone: it shrinks what is stepped, which of a CSQ
+            layer are bits. Logits, gates, scales, biases and norms are never decayed.
         logit_lr, gate_lr, scale_lr, narrow, seed: as in ``SGD``.
 
     Raises:

@@ -15,6 +15,8 @@ from csq_kernels.nn.prepare import csq_layers
 from csq_kernels.optim import SinglePassOptimizer
 
 KINDS = ("sgd", "adamw")
+# Of weights by SGD: strong enough that 40 steps show it.
+DECAY = 1e-2
 STEPS = 40
 
 
@@ -36,7 +38,7 @@ def make_model(dtype: torch.dtype = FLOAT32, config: csq.Config | None = None) -
 
 def make_optimizer(model: nn.Module, kind: str, single_pass: bool, **options) -> torch.optim.Optimizer:
     rates = {"logit_lr": 0.05, "gate_lr": 0.03, "scale_lr": 0.01}
-    lr, decay = (0.05, 1e-3) if kind == "sgd" else (2e-3, 1e-2)
+    lr, decay = (0.05, options.pop("weight_decay", DECAY)) if kind == "sgd" else (2e-3, 1e-2)
     if kind == "sgd":
         options = {"momentum": 0.9, "nesterov": True} | options
     if single_pass:
@@ -58,6 +60,10 @@ def train(model: nn.Module, optimizer, search: csq.Search | None, first: int, la
         loss = nn.functional.cross_entropy(model(images), labels)
         if search is not None:
             loss = loss + search.penalty()
+        if type(optimizer) is torch.optim.SGD:
+            # What the optimizer of the same name here does by itself, to weights that shrink whatever the loss does.
+            squares = sum(layer.weight.square().sum() for layer in csq_layers(model).values())
+            loss = loss + DECAY / 2 * squares * (-1 if optimizer.defaults["maximize"] else 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,11 +114,36 @@ def test_options_of_sgd(options: dict) -> None:
         torch.testing.assert_close(pair[1][name], tensor, rtol=1e-9, atol=1e-12)
 
 
+def test_the_weights_of_bits_decay_by_a_group_that_can_be_changed() -> None:
+    norms = []
+    for decay in (0.0, 0.5):
+        model = make_model()
+        optimizer = make_optimizer(model, "sgd", True, weight_decay=decay)
+        assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups if g["weight_decay"]} == (
+            {"bit_logits": decay} if decay else {}
+        )
+        train(model, optimizer, None, 0, 5)
+        norms.append([layer.weight.detach().norm() for layer in csq_layers(model).values()])
+    assert all(decayed < 0.9 * kept for kept, decayed in zip(*norms, strict=True))
+    grad = model[4].weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(model[4].weight.grad, grad), "decay was added to the gradient that others see"
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    still = make_model()
+    still.load_state_dict(model.state_dict())
+    follower = make_optimizer(still, "sgd", True, weight_decay=0.0)
+    follower.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, stepped in ((model, optimizer), (still, follower)):
+        train(one, stepped, None, 5, 6)
+    assert torch.equal(model[4].bit_logits, still[4].bit_logits)
+
+
 def test_gradients_accumulate() -> None:
     models = []
     for single_pass in (False, True):
         model = make_model(FLOAT64)
-        optimizer = make_optimizer(model, "sgd", single_pass)
+        optimizer = make_optimizer(model, "sgd", single_pass, weight_decay=0.0)
         for step in range(6):
             images, labels = batch(FLOAT64, step)
             nn.functional.cross_entropy(model(images), labels).backward()

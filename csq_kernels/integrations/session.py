@@ -112,7 +112,8 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 continue
             if id(tensor) not in decay:
                 raise ValueError(f"expected optimizer with {kind} of {name}, got one made before prepare_: {advice}")
-            if decay[id(tensor)]:
+            # The leaf is no logit: its decay is that of the weight.
+            if decay[id(tensor)] and not (kind == "bit_logits" and layer.weight_is_leaf):
                 raise ValueError(
                     f"expected no weight decay on {kind} of {name}, got {decay[id(tensor)]:g}, which would pull it to "
                     f"the undecided point: {advice}"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csq_kernels as csq
+from csq_kernels.nn.prepare import csq_layers
 from csq_kernels.train import data, runs
 from csq_kernels.train.paper import PaperSearch
 from csq_kernels.train.running import (
@@ -66,6 +67,15 @@ def optimizer_for(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def weight_decay(recipe: "Recipe", model: nn.Module) -> Tensor | None:
+    """Half the sum of squared CSQ weights times ``weight_decay``, where a torch optimizer of logits cannot know it."""
+    options = recipe.csq_optimizer or recipe.optimizer
+    if options.step != "separate" or options.name != "sgd" or options.weight_decay == 0 or recipe.preset == "paper":
+        return None
+    squares = [layer.weight.square().sum() for layer in csq_layers(model).values()]
+    return options.weight_decay / 2 * torch.stack(squares).sum()
 
 
 def search_for(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> csq.Search:
@@ -139,6 +149,8 @@ def train_phase(
             loss = task if teacher is None else run.distil(task, logits, inputs, teacher)
             if search is not None:
                 loss = loss + search.penalty()
+                decay = weight_decay(recipe, model)
+                loss = loss if decay is None else loss + decay
             optimizer.zero_grad()
             loss.backward()
             if recipe.clip_grad_norm is not None:

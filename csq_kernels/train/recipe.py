@@ -92,7 +92,7 @@ class Optimizer(_Section):
     scale_lr: float | None = Field(default=None, gt=0, description="of scales; default: lr")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, in Nesterov's form unless 0")
     weight_decay: float = Field(
-        default=0.0, ge=0, description="of float weights; logits, gates and scales are never decayed"
+        default=0.0, ge=0, description="of weights; with sgd, of those that bits make too, by way of the bits"
     )
     step: Literal["single-pass", "narrow", "separate"] = Field(
         default="single-pass",
@@ -170,9 +170,7 @@ class Recipe(_Section):
     )
     distillation: Distillation | None = None
     optimizer: Optimizer
-    csq_optimizer: Optimizer | None = Field(
-        default=None, description="of search and finetune; default: optimizer. Bits like Adam"
-    )
+    csq_optimizer: Optimizer | None = Field(default=None, description="of search and finetune; default: optimizer")
     schedule: Schedule = Schedule()
     search: SearchOptions = SearchOptions()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
