@@ -22,6 +22,7 @@ from harness import ROOT, circumstances
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 DOCUMENTS = ROOT / "docs" / "results"
 DISTILLED = "distillation={weight: 0.5}"
+ADAM = "csq_optimizer={name: adamw, lr: 6.0e-3, logit_lr: 0.1, gate_lr: 0.02, scale_lr: 2.0e-4, weight_decay: 0.02}"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ ABLATION = {
     "float": Experiment("float", ("method=float",)),
     "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
     "csq-2": _trained("the recipe"),
-    "sgd": _trained("bits by SGD at the rate of the rest", "csq_optimizer=null", "optimizer.gate_lr=0.3"),
-    "sgd-50": _trained("bits by SGD at 50", "csq_optimizer=null", "optimizer.gate_lr=0.3", "optimizer.logit_lr=50"),
+    "adam": _trained("bits by Adam", ADAM),
+    "slow-bits": _trained("bits at the rate of the rest", "optimizer.logit_lr=0.1"),
+    "no-decay": _trained("without decay of the weights", "optimizer.weight_decay=0"),
     "no-decision": _trained(
         "temperature (9) over the whole finetune stage", "search.decision_share=0", "search.lateness=1"
     ),
@@ -113,7 +115,6 @@ ABLATION = {
         "no search: one paper bit everywhere", "quantization.n_bits=1", "epochs.search=1", "epochs.finetune=3"
     ),
     "distilled": _trained("with distillation", DISTILLED),
-    "slow": _trained("a third of the rate, half of the bits'", "csq_optimizer.lr=2e-3", "csq_optimizer.logit_lr=0.05"),
 }
 
 LANGUAGE = {

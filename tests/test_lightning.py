@@ -117,6 +117,13 @@ def test_optimizers_that_cannot_work(make: Any, message: str, tmp_path: Path, mo
         fit(module, tmp_path, CSQCallback(BUDGET, CONFIG))
 
 
+def test_weights_may_decay_where_logits_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, callback = Module("single-pass"), CSQCallback(BUDGET, CONFIG)
+    monkeypatch.setattr(module, "configure_optimizers", lambda: csq.optim.SGD(module, lr=0.01, weight_decay=0.1))
+    fit(module, tmp_path, callback)
+    assert callback.report.budget_met
+
+
 def test_an_endless_run_needs_total_steps(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected total_steps, or a trainer with max_steps or max_epochs"):
         fit(Module("torch"), tmp_path, CSQCallback(BUDGET, CONFIG), max_epochs=-1)

@@ -283,6 +283,18 @@ def test_without_float_phase(tmp_path):
     assert "float accuracy" not in (tmp_path / "report.txt").read_text()
 
 
+def test_weights_decay_alike_whatever_steps_the_bits(finished, tmp_path):
+    losses = {}
+    for step, decay in (("single-pass", 0.02), ("separate", 0.02), ("separate", 0.0)):
+        out = tmp_path / f"{step}-{decay}"
+        start = ("epochs.float=0", f"init={finished}", "epochs.search=1", "epochs.finetune=1")
+        loop.train(small(*start, f"optimizer.step={step}", f"optimizer.weight_decay={decay}"), out)
+        losses[step, decay] = [json.loads(line)["loss"] for line in (out / running.METRICS).read_text().splitlines()]
+    single, separate, free = losses.values()
+    assert separate == pytest.approx(single, rel=1e-3)
+    assert free[-1] < 0.9 * single[-1]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
