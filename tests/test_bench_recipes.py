@@ -58,6 +58,19 @@ def test_runs_do_not_start_where_the_sources_are(recipes, tmp_path, monkeypatch)
     assert (row["experiment"], row["seed"], row["hard_accuracy"]) == ("lsq-3", 1, 0.5)
 
 
+def test_further_options_reach_every_run(recipes, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
+    monkeypatch.setattr(recipes, "DOCUMENTS", tmp_path)
+    monkeypatch.setattr(recipes, "run", lambda *run: started.append(run))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # put back after main has changed it
+    options = "--only float csq-3 --seeds 1 -- data.root=elsewhere --device=cpu"
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "char_gpt", f"--out={tmp_path}", *options.split()])
+    recipes.main()
+    folder, further = tmp_path / "char_gpt", ["data.root=elsewhere", "--device=cpu"]
+    assert started == [("char_gpt", name, 1, folder, further) for name in ("float", "csq-3")]
+
+
 def test_a_line_takes_the_place_of_an_older_run(recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RESULTS", tmp_path / "recipes.jsonl")
     row = {"suite": "s", "experiment": "e", "seed": 0, "seconds": 1.0, "hard_accuracy": 0.5, "commit": "a"}
