@@ -335,7 +335,8 @@ class SGD(SinglePassOptimizer):
         lr, momentum, dampening, nesterov, maximize, foreach, fused: as in ``torch.optim.SGD``.
         weight_decay: as in ``torch.optim.SGD``, of all weights: those of CSQ layers by way of their bits. Logits, gates
             and scales themselves, biases and norms are never decayed.
-        logit_lr, gate_lr, scale_lr: learning rates of these; default ``lr``.
+        logit_lr, gate_lr, scale_lr: learning rates of these; default ``lr``, with which logits hardly move: 500 times
+            that is a good start.
         narrow: keep logits in bfloat16 with stochastic rounding and momenta in 8 bits: 56 bytes of training state a
             weight of 8 bits instead of 136.
         seed: of the stochastic rounding; with equal seeds runs are equal.
