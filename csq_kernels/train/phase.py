@@ -26,7 +26,7 @@ from csq_kernels.train.running import (
 )
 
 if TYPE_CHECKING:
-    from csq_kernels.train.recipe import Recipe
+    from csq_kernels.train.recipe import Optimizer, Recipe
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -44,10 +44,14 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
     return (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
 
+def _csq_options(recipe: "Recipe") -> "Optimizer":
+    return recipe.csq_optimizer or recipe.optimizer
+
+
 def optimizer_for(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.optim.Optimizer:
     # What is not a CSQ model is trained as the float model is, by torch.optim.
     quantized = quantized and recipe.method == "csq"
-    options = recipe.csq_optimizer if quantized and recipe.csq_optimizer is not None else recipe.optimizer
+    options = _csq_options(recipe) if quantized else recipe.optimizer
     lr = options.lr
     rates: dict[str, Any] = {"logit_lr": options.logit_lr, "gate_lr": options.gate_lr, "scale_lr": options.scale_lr}
     rule: dict[str, Any] = {"lr": lr}
@@ -69,13 +73,11 @@ def optimizer_for(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.
     return optimizer
 
 
-def weight_decay(recipe: "Recipe", model: nn.Module) -> Tensor | None:
-    """Half the sum of squared CSQ weights times ``weight_decay``, where a torch optimizer of logits cannot know it."""
-    options = recipe.csq_optimizer or recipe.optimizer
-    if options.step != "separate" or options.name != "sgd" or options.weight_decay == 0 or recipe.preset == "paper":
-        return None
-    squares = [layer.weight.square().sum() for layer in csq_layers(model).values()]
-    return options.weight_decay / 2 * torch.stack(squares).sum()
+def _loss_decay(recipe: "Recipe") -> float:
+    """Decay of CSQ weights that the loss has to bring, as ``csq.optim.SGD`` brings it: torch optimizers step logits."""
+    options = _csq_options(recipe)
+    brought = options.step != "separate" or options.name != "sgd" or recipe.preset == "paper"
+    return 0.0 if brought else options.weight_decay
 
 
 def search_for(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> csq.Search:
@@ -130,6 +132,7 @@ def train_phase(
         window = _restore(state, run, optimizer, search)
     else:
         run.save(phase, 0, optimizer, search, window)
+    decay = _loss_decay(recipe)
     batches = dataset.train_batches(_requests(run, phase_number, first, total))
     model.train()
     with open(run.out / METRICS, "a") as metrics:
@@ -149,8 +152,8 @@ def train_phase(
             loss = task if teacher is None else run.distil(task, logits, inputs, teacher)
             if search is not None:
                 loss = loss + search.penalty()
-                decay = weight_decay(recipe, model)
-                loss = loss if decay is None else loss + decay
+                if decay:
+                    loss = loss + decay / 2 * sum(layer.weight.square().sum() for layer in csq_layers(model).values())
             optimizer.zero_grad()
             loss.backward()
             if recipe.clip_grad_norm is not None:
