@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build for the GPU of this machine, run every test that needs it, and measure. Needs no network; stays under 9 minutes.
+# bash bench/gpu.sh [PART...]: build for the GPU of this machine, run every test that needs it, and measure; or only the
+# parts named, and what they need. Needs no network; stays under ${LIMIT:-530} seconds.
 # Logs and results go to ${OUT:-bench/out}. A part that fails does not stop the next; the exit status says if any did.
 # Run again with the same OUT, it goes on: parts that a clean commit has finished on this GPU are not repeated.
 # `python bench/merge.py OUT` then takes the results over into bench/results.
@@ -13,7 +14,8 @@ python=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 failed=()
-deadline=$((SECONDS + 530))
+deadline=$((SECONDS + ${LIMIT:-530}))
+wanted=("$@")
 commit=$(git describe --always --dirty --exclude='*' 2>/dev/null) || commit=${CSQ_COMMIT:-unknown}
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 
@@ -26,8 +28,13 @@ finished() {
     esac
 }
 
-# part NAME SECONDS COMMAND...: run the command, show its end, keep all of it in NAME.log.
+# part NAME SECONDS COMMAND...: run the command, if it is wanted, show its end, keep all of it in NAME.log.
 part() {
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]] || return 0
+    run "$@"
+}
+
+run() {
     local name=$1 seconds=$2 left=$((deadline - SECONDS)) status
     shift 2
     if finished "$name"; then
@@ -54,7 +61,7 @@ part() {
 # always NAME SECONDS COMMAND...: a part that each run needs anew.
 always() {
     [ ! -e "$out/finished" ] || sed -i "/\t$1\$/d" "$out/finished"
-    part "$@"
+    run "$@"
 }
 
 environment() {
@@ -71,15 +78,30 @@ bench() {
     part "bench_$1" "$2" "$python" "$root/bench/run.py" "$3" --device cuda --rounds 20 --out "$out/$1.jsonl" "${@:4}"
 }
 
-# sanitize TOOL: the smallest tests of every kernel under one of compute-sanitizer's tools.
-sanitize() {
-    if ! command -v compute-sanitizer >/dev/null; then
-        echo "== $1: skipped, compute-sanitizer is not on PATH"
+# with TOOL PART SECONDS COMMAND...: a part that needs a tool, which not every machine has.
+with() {
+    if ! command -v "$1" >/dev/null; then
+        echo "== $2: skipped, $1 is not on PATH"
         return
     fi
+    part "${@:2}"
+}
+
+# sanitize TOOL: the smallest tests of every kernel under one of compute-sanitizer's tools.
+sanitize() {
     # Without PyTorch's cache every tensor is an allocation of its own, whose ends and whose first use are seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 with compute-sanitizer "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 9 \
         "$python" -m pytest -q -p no:cacheprovider -m gpu -k 'not_aligned and cuda' "$root/tests/test_gpu.py"
+}
+
+# The hardware's counters of each kernel; clocks are left as they are.
+counters() {
+    local sections=()
+    for name in SpeedOfLight MemoryWorkloadAnalysis WarpStateStats SchedulerStats Occupancy LaunchStats; do
+        sections+=(--section "$name")
+    done
+    with ncu counters 60 ncu --clock-control none --profile-from-start off "${sections[@]}" \
+        "$python" "$root/bench/counters.py"
 }
 
 capability='import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))'
@@ -92,7 +114,7 @@ always build 120 "$python" -m pip install --no-build-isolation --no-deps --no-in
 cd "$site" || exit 1
 always info 20 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
 tests tests 140 -m 'gpu and not slow' "${workers[@]}"
 tests large 40 -m 'gpu and slow'
 bench reconstruct_launch 15 reconstruct_launch
@@ -105,6 +127,7 @@ bench csq_conv2d 20 csq_conv2d --dtype bfloat16 --shapes 64x64x64x56x3,64x512x51
 part bench_bitserial_cuda 60 "$python" "$root/bench/suites/bitserial_cuda.py" --out "$out/bitserial_cuda.jsonl"
 bench model 60 model --rounds 10
 bench scaling 40 scaling --rounds 5 --exponents 12,16,20,24,26 --bits 1,2,4,8,16 --thread-counts 1 --batches 1,16,256
+counters
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
 always status 15 "$python" "$root/bench/status.py" "$out"
 

@@ -83,7 +83,12 @@ done
 
 
 def run_gpu_script(
-    folder: Path, tools: list[str], fails: str = "nothing", commit: str = "abc1234", gpu: str = "NVIDIA H100"
+    folder: Path,
+    tools: list[str],
+    *parts: str,
+    fails: str = "nothing",
+    commit: str = "abc1234",
+    gpu: str = "NVIDIA H100",
 ) -> tuple[int, str, list[str]]:
     """Exit status and output of gpu.sh where ``tools`` only note how they were called, and those calls."""
     binaries = folder / "bin"
@@ -95,15 +100,15 @@ def run_gpu_script(
     environment = {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHON": str(binaries / "python3"), "OUT": str(folder / "out")}
     environment |= {"CALLS": str(calls), "FAILS": fails, "TMPDIR": str(folder), "COMMIT": commit, "GPU": gpu}
     calls.unlink(missing_ok=True)
-    done = subprocess.run(["bash", BENCH / "gpu.sh"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", BENCH / "gpu.sh", *parts], env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
 
-TOOLS = ["python3", "git", "nvidia-smi", "nvcc", "compute-sanitizer"]
+TOOLS = ["python3", "git", "nvidia-smi", "nvcc", "ncu", "compute-sanitizer"]
 BENCHES = ["reconstruct_launch", "reconstruct", "reconstruct_bfloat16", "reconstruct_3_bits", "step", "csq_linear"]
 BENCHES += ["csq_conv2d", "bitserial_cuda", "model", "scaling"]
 PARTS = ["environment", "build", "info", "tests", "large", *(f"bench_{name}" for name in BENCHES)]
-PARTS += ["memcheck", "racecheck", "initcheck", "status"]
+PARTS += ["counters", "memcheck", "racecheck", "initcheck", "status"]
 
 
 def ran(output: str) -> list[str]:
@@ -141,6 +146,9 @@ def test_gpu_script_goes_on_where_it_was(tmp_path: Path) -> None:
     assert status == 0 and ran(output) == [*again[:-1], "racecheck", "status"], output
     assert "bench_step: done before at commit abc1234 on NVIDIA H100" in output
     assert ran(run_gpu_script(tmp_path, TOOLS)[1]) == again
+    # One part alone has what it needs: the build.
+    alone = run_gpu_script(tmp_path, TOOLS, "bench_step", "initcheck", commit="fed8765")
+    assert ran(alone[1]) == [*again[:-1], "bench_step", "initcheck", "status"]
     # Results that are gone are measured again, as is everything on another GPU, at another commit, or of changed files.
     (tmp_path / "out" / "step.jsonl").unlink()
     assert ran(run_gpu_script(tmp_path, TOOLS)[1]) == [*again[:-1], "bench_step", "status"]
