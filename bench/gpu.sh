@@ -16,7 +16,7 @@ trap 'rm -rf "$site"' EXIT
 failed=()
 deadline=$((SECONDS + ${LIMIT:-530}))
 wanted=("$@")
-commit=$(git describe --always --dirty --exclude='*' 2>/dev/null) || commit=${CSQ_COMMIT:-unknown}
+commit=${CSQ_COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown)}
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 
 # finished NAME: whether this commit, without changes, has finished a part on this GPU, and its results are still there.
@@ -47,7 +47,8 @@ run() {
         failed+=("$name")
         return
     fi
-    timeout -k 5 "$((seconds < left ? seconds : left))" "$@" >"$out/$name.log" 2>&1
+    # Interrupted, pytest still tells what has failed.
+    timeout -s INT -k 5 "$((seconds < left ? seconds : left))" "$@" >"$out/$name.log" 2>&1
     status=$?
     tail -n 40 "$out/$name.log"
     echo "== $name: exit status $status, $SECONDS s since the start"
@@ -102,6 +103,7 @@ counters() {
     done
     with ncu counters 60 ncu --clock-control none --profile-from-start off "${sections[@]}" \
         "$python" "$root/bench/counters.py"
+    with ncu bench_counters 10 "$python" "$root/bench/counters.py" --read "$out/counters.log" --out "$out/counters.jsonl"
 }
 
 capability='import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))'
@@ -115,7 +117,9 @@ cd "$site" || exit 1
 always info 20 "$python" -c 'import csq_kernels, pprint; pprint.pprint(csq_kernels.info())'
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
-tests tests 140 -m 'gpu and not slow' "${workers[@]}"
+# One thread each: what they compute on the processor would fight for its cores. Triton compiles for most of its time.
+OMP_NUM_THREADS=1 tests tests 100 -m 'gpu and not slow' -k 'not triton' "${workers[@]}"
+OMP_NUM_THREADS=1 tests tests_triton 140 -m 'gpu and not slow' -k triton "${workers[@]}"
 tests large 40 -m 'gpu and slow'
 bench reconstruct_launch 15 reconstruct_launch
 bench reconstruct 60 reconstruct --providers eager,compiled,csq --shapes 1024x1024,4096x4096,8192x8192
@@ -129,6 +133,6 @@ bench model 60 model --rounds 10
 bench scaling 40 scaling --rounds 5 --exponents 12,16,20,24,26 --bits 1,2,4,8,16 --thread-counts 1 --batches 1,16,256
 counters
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
-always status 15 "$python" "$root/bench/status.py" "$out"
+always status 15 "$python" "$root/bench/status.py" --gpu "$gpu" "$out"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

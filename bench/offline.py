@@ -350,7 +350,9 @@ def compile_triton(arch: int) -> list[Kernel]:
             module = importlib.import_module(f"csq_kernels.backends.{name}")
             for variant, launch in variants(module):
                 for kernel, arguments in _launches(module, launch):
-                    compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", arch, 32))
+                    options = {key: value for key, value in arguments.items() if key not in kernel.arg_names}
+                    target = GPUTarget("cuda", arch, 32)
+                    compiled = triton.compile(_source(kernel, arguments), target=target, options=options)
                     cubin.write_bytes(compiled.asm["cubin"])
                     label = (compiled.metadata.name, variant)
                     kernels += _read(cubin, "triton", triton.__version__, lambda _, label=label: label, f"sm_{arch}")

@@ -1,4 +1,4 @@
-"""Which claims about speed on a GPU have been measured: ``python bench/status.py [FOLDER]``, default ``results``.
+"""Which claims about speed on a GPU hold: ``python bench/status.py [--gpu H100] [FOLDER]``, default ``results``.
 
 For each claim: its target, the worst value over the shapes and dtypes of the newest commit that measured it on the
 claim's GPU, and whether it holds. A claim without such lines is open.
@@ -10,7 +10,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,10 @@ def read(folder: Path) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="holds JSON lines as run.py writes them")
-    standings = [standing(claim, read(parser.parse_args().folder)) for claim in CLAIMS]
+    parser.add_argument("--gpu", default="H100", help="which lines to judge: part of a name as PyTorch gives it")
+    options = parser.parse_args()
+    rows = read(options.folder)
+    standings = [standing(replace(claim, gpu=options.gpu), rows) for claim in CLAIMS]
     width = max(len(claim.text) for claim in CLAIMS)
     for each in standings:
         claim = each.claim

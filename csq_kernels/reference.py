@@ -149,12 +149,13 @@ def quantize(values: Tensor, element_limit: int | None, group_limit: int | None 
     """
     size = values.abs()
     step = torch.zeros_like(size[..., :1])
+    # Divided by a number, PyTorch multiplies by its inverse on a GPU, and rounds otherwise than on the processor.
     if element_limit is not None:
-        step = size.amax(-1, keepdim=True) / element_limit
+        step = size.amax(-1, keepdim=True) / torch.full_like(step, element_limit)
     if group_limit is not None:
         # In pairs: sums of two do not depend on who adds.
         groups = size.unflatten(-1, (-1, GROUP // 2, 2)).sum(-1).sum(-1)
-        step = torch.maximum(step, groups.amax(-1, keepdim=True) / group_limit)
+        step = torch.maximum(step, groups.amax(-1, keepdim=True) / torch.full_like(step, group_limit))
     step = torch.where(size.isfinite().all(-1, keepdim=True), step, torch.nan)
     step = torch.where(step < _SMALLEST_NORMAL, 0.0, step)
     usable = step > 0

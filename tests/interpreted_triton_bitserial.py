@@ -1,12 +1,14 @@
 """What the Triton kernels on packed weights have to satisfy, on the processor, as ``interpreted_triton.py``."""
 
+import functools
+
 import pytest
 import torch
 from helpers import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, assert_within
 from packed_weights import COEFFICIENTS, make_planes, signed
 
 from csq_kernels import reference
-from csq_kernels.backends import gpu_planes, triton_bitserial
+from csq_kernels.backends import gpu_planes, gpu_products, triton_bitserial
 
 # One of each kind that the kernels treat differently, for what is slow.
 FEW = [signed(1), signed(4), signed(8), (8, 1), (-64, 32, -8, 4, 1), signed(11)]
@@ -60,6 +62,22 @@ def test_within_the_error_of_pytorch(
     for precision in ("exact", "high"):
         output = triton_bitserial.bitserial_linear(input, tiles, step, bias, coefficients, shape, precision)
         assert_within(output, exact, eager)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+def test_more_rows_than_passes(dtype: torch.dtype, with_bias: bool, poisoned: None) -> None:
+    # Codes of 13 bits are not exact in halves, whose product with them needs a GPU.
+    shape, coefficients = (70, 300), signed(13)
+    codes, planes = make_planes(coefficients, *shape)
+    step = (torch.rand(shape[0]) + 0.1) / gpu_planes.largest_code(coefficients)
+    bias = torch.randn(shape[0]) if with_bias else None
+    input = torch.randn(5, 4, shape[1]).to(dtype)
+    exact = input.double() @ codes.double().T * step.double() + (0 if bias is None else bias.double())
+    arguments = (input, planes, step, bias, coefficients, shape, "exact")
+    never = functools.partial(pytest.fail, "a pass over the planes")
+    output = gpu_products.linear(triton_bitserial._decode, never, 0, *arguments)
+    assert_within(output, exact, reference.bitserial_linear(*arguments))
 
 
 @pytest.mark.parametrize("coefficients", FEW, ids=str)

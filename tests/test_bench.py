@@ -107,8 +107,8 @@ def run_gpu_script(
 TOOLS = ["python3", "git", "nvidia-smi", "nvcc", "ncu", "compute-sanitizer"]
 BENCHES = ["reconstruct_launch", "reconstruct", "reconstruct_bfloat16", "reconstruct_3_bits", "step", "csq_linear"]
 BENCHES += ["csq_conv2d", "bitserial_cuda", "model", "scaling"]
-PARTS = ["environment", "build", "info", "tests", "large", *(f"bench_{name}" for name in BENCHES)]
-PARTS += ["counters", "memcheck", "racecheck", "initcheck", "status"]
+PARTS = ["environment", "build", "info", "tests", "tests_triton", "large", *(f"bench_{name}" for name in BENCHES)]
+PARTS += ["counters", "bench_counters", "memcheck", "racecheck", "initcheck", "status"]
 
 
 def ran(output: str) -> list[str]:

@@ -103,7 +103,7 @@ def test_weight_is_equal(implementation, coefficients: tuple[int, ...]) -> None:
 def test_tiny_and_huge_inputs(implementation, dtype: torch.dtype) -> None:
     # Codes as halves are subnormal numbers, which a matrix instruction must not flush.
     layer = Layer(signed(4), (64, 256), 4, dtype)
-    layer.input *= torch.tensor([1e-7, 1e-3, 1.0, 1e4], device="cuda", dtype=dtype)[:, None]
+    layer.input *= torch.tensor([1e-7, 1e-3, 1.0, 1e3], device="cuda", dtype=dtype)[:, None]
     layer.bias.zero_()
     actual = implementation("bitserial_linear")(*layer.arguments("exact"))
     exact, eager = layer.exact(), layer.eager()

@@ -22,6 +22,7 @@ import csq_kernels as csq
 from csq_kernels.nn.layers import CSQ_CLASSES
 from csq_kernels.nn.packed import PACKED_CLASSES
 
+pytest.importorskip("expecttest")  # which PyTorch's own tests need
 # It would forbid every change of torch.backends' flags for the rest of the session.
 with mock.patch("torch.backends.disable_global_flags"):
     from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, module_db

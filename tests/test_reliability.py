@@ -7,6 +7,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("pydantic")
+pytest.importorskip("sklearn")
+
 import concurrency
 import distributions
 import extremes
@@ -14,14 +19,10 @@ import fuzz_arguments
 import fuzz_checkpoints
 import fuzz_packed
 import long_run
-import pytest
 import record
 import threads
 
 from csq_kernels import _native
-
-pytest.importorskip("pydantic")
-pytest.importorskip("sklearn")
 
 
 def in_a_new_process(program: str) -> str:

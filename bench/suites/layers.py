@@ -68,7 +68,7 @@ def _run_layer(
         "csq": _step(csq_layer, input, grad_output),
         "csq-weight": _share(csq_layer),
     }
-    timing = interleave(entries, options.rounds, options.device, {"csq": "float"}.get)
+    timing = interleave(entries, options.rounds, options.device, {"csq": "float"}.get, ahead=True)
     times, bandwidth = timing.spreads, timing.bandwidth
     report_caught(timing.caught, f"{op} {shape}")
     if timing.caught:

@@ -159,7 +159,7 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> tuple[list[d
     red = {key: v for key, v in verdicts.items() if key[0] == "csq" and not v.error <= 1}
     entries = {key: entry for key, entry in entries.items() if key not in red}
     memory = {key: peak_bytes(entry, options.device) for key, entry in entries.items()}
-    timing = interleave(entries, options.rounds, options.device, lambda key: ("eager", key[1]))
+    timing = interleave(entries, options.rounds, options.device, lambda key: ("eager", key[1]), ahead=True)
     times, bandwidth = timing.spreads, timing.bandwidth
 
     weight_bytes = problem.grad_weight.nbytes

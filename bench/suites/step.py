@@ -279,7 +279,7 @@ def measure(
     # A baseline may err more than eager and still be the one to beat; ours may not.
     red = {name: v for name, v in verdicts.items() if name not in BASELINES and not v.error <= 1}
     entries = {name: entry for name, entry in entries.items() if name not in red}
-    timing = interleave(entries, options.rounds, options.device, lambda name: "eager")
+    timing = interleave(entries, options.rounds, options.device, lambda name: "eager", ahead=True)
     times, bandwidth = timing.spreads, timing.bandwidth
     weights = math.prod(shape)
     rows = []

@@ -55,7 +55,8 @@ def linear(
             def codes(dtype: torch.dtype) -> Tensor:
                 return decode(tiles, None, coefficients, weight_shape, 0, dtype)
 
-            return _expanded(flat, codes, step, bias, coefficients).view(output.shape)
+            _expanded(flat, codes, step, bias, coefficients, output.view(-1, rows))
+            return output
         multiply(flat, tiles, step, bias, coefficients, weight_shape, precision, output)
     return output
 
@@ -66,16 +67,20 @@ def _expanded(
     step: Tensor,
     bias: Tensor | None,
     coefficients: Sequence[int],
-) -> Tensor:
-    """The product with the codes in the dtype of ``input``, if they are exact there, summed in float32; step, bias."""
+    output: Tensor,
+) -> None:
+    """The product with the codes in the dtype of ``input``, if they are exact there, summed in float32; step, bias.
+
+    The latter two in one pass over the product, with one rounding.
+    """
     if input.dtype == torch.float32 or not gpu_planes.exact_in(input.dtype, coefficients):
         product = input.float() @ codes(torch.float32).T
     else:
         product = torch.mm(input, codes(input.dtype).T, out_dtype=torch.float32)
-    product *= step
-    if bias is not None:
-        product += bias
-    return product.to(input.dtype)
+    if bias is None:
+        torch.mul(product, step, out=output)
+    else:
+        torch.addcmul(bias, product, step, out=output)
 
 
 def conv2d(

@@ -42,7 +42,7 @@ def _plane(p_words, i_row, m_row, PLACE: tl.constexpr):
     # PLACE: planes of the groups before, planes of this group, index within it; negative where there is no plane.
     o_lane = (i_row % 8) * 4 + tl.arange(0, 4)[None, :]  # [BN, 4]
     if PLACE < 0:
-        return tl.zeros_like(o_lane)
+        return tl.zeros_like(o_lane).to(tl.int32)
     else:
         i_word = (i_row // 8 % 4) * (PLACE // 16 % 16) + PLACE % 16  # [BN, 1]
         o_word = (PLACE // 256 + i_word // 4) * 128 + o_lane * 4 + i_word % 4
@@ -106,7 +106,7 @@ def bitserial_quantize_kernel(p_input, p_values, p_steps, items, columns, blocks
     b_usable = b_finite & (b_step > 0)
     b_inverse = tl.div_rn(b_zeros + 1.0, tl.where(b_usable, b_step, 1.0))
     b_scaled = tl.where(b_usable[:, None], b_x * b_inverse[:, None], 0.0)
-    # Adding and subtracting 1.5 * 2^23 rounds half to even.
+    # Adding and subtracting 1.5 * 2^23 rounds half to even; the product must be rounded before, as the launch sees to.
     b_values = (b_scaled + 12582912.0) - 12582912.0
     tl.store(p_values + i_item[:, None] * 128 + i_within, b_values.to(tl.float16), mask=m_item[:, None])
     tl.store(p_steps + i_item, tl.where(b_finite, b_step, float("nan")), mask=m_item)
@@ -140,6 +140,7 @@ def bitserial_linear_kernel(
     m_row = i_row < rows
     m_input = i_input < batch
     p_tiles = p_words + i_row // 32 * blocks * TILE_WORDS
+    b_step = tl.load(p_step + i_row * step_stride, mask=m_row, other=0.0)
     b_sums = tl.zeros([BN, BM], tl.float32)
     for block in range(blocks):
         i_column = block * 128 + tl.arange(0, 128)[None, :]
@@ -150,10 +151,15 @@ def bitserial_linear_kernel(
         b_x = tl.trans(b_x.to(ARITHMETIC))
         if QUANTIZED:
             b_input_step = tl.load(p_input_steps + i_input * blocks + block, mask=m_input, other=0.0)
-            b_sums += b_input_step[None, :] * tl.dot(b_codes, b_x, input_precision="ieee")
+            b_sums += b_input_step[None, :] * tl.dot(b_codes, b_x)
+        elif ARITHMETIC == tl.float32:
+            # One running sum over all columns would err by the root of their number. The factor keeps the compiler
+            # from making it one again.
+            b_sums += b_step * tl.dot(b_codes, b_x, input_precision="ieee")
         else:
-            b_sums = tl.dot(b_codes, b_x, b_sums, input_precision="ieee")
-    b_sums *= tl.load(p_step + i_row * step_stride, mask=m_row, other=0.0)
+            b_sums = tl.dot(b_codes, b_x, b_sums)
+    if QUANTIZED or ARITHMETIC != tl.float32:
+        b_sums *= b_step
     if BIAS:
         b_sums += tl.load(p_bias + i_row, mask=m_row, other=0.0)
     o_output = i_input[None, :] * rows + i_row
@@ -261,7 +267,7 @@ def _quantized(input: Tensor) -> tuple[Tensor, Tensor]:
     values = input.new_empty((batch, padded), dtype=torch.float16)
     steps = input.new_empty((batch, blocks), dtype=torch.float32)
     bitserial_quantize_kernel[(triton.cdiv(batch * blocks, BLOCKS),)](
-        input, values, steps, batch * blocks, columns, blocks, BR=BLOCKS
+        input, values, steps, batch * blocks, columns, blocks, BR=BLOCKS, enable_fp_fusion=False
     )
     return values, steps
 

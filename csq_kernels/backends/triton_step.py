@@ -143,7 +143,8 @@ def _move(
                 b_second = b_second * b_second
             b_second = second_decay * b_second + second_gain * b_grad * b_grad
             b_root = tl.sqrt_rn(b_second)
-            b_step = b_first / (root * b_root + epsilon)
+            # `/` errs by two roundings, which a step as long as the logit hands on.
+            b_step = tl.div_rn(b_first, root * b_root + epsilon)
             if p_second_scales is not None:
                 b_second = b_root
             _store_momentum(
