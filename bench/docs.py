@@ -175,6 +175,41 @@ def networks(mode: str) -> str:
     return table(["", *providers, "measured on"], body)
 
 
+def gpu_packed(gpu: str) -> str:
+    """Packed linear layers on a GPU by bits: microseconds for each batch, beside a read of the planes and cuBLAS."""
+    rows = [row for row in lines("bitserial_linear") if gpu in row["machine"]["gpu"] and row["provider"] == "cuda"]
+    rows = latest(rows, "bits", "batch")
+    batches = sorted({row["batch"] for row in rows})
+    found = {(row["bits"], row["batch"]): row for row in rows}
+    body = []
+    for bits in sorted({row["bits"] for row in rows}):
+        cells = [found[bits, batch] for batch in batches]
+        floor = 1e6 * cells[0]["weight_bytes"] / cells[0]["read_bytes_per_second"]
+        body.append([str(bits), *(f"{1e6 * row['seconds']['median']:.1f}" for row in cells), f"{floor:.1f}"])
+    cublas = (f"{1e6 * found[1, batch]['cublas_fp16_seconds']['median']:.1f}" for batch in batches)
+    head = ["bits", *(f"batch {batch}, us" for batch in batches), "read of the planes, us"]
+    measured = "; ".join(dict.fromkeys(f"{row['machine']['gpu']}, commit {row['commit']}" for row in rows))
+    return table(head, [*body, ["cuBLAS, float16", *cublas, ""]]) + f"\nMeasured on: {measured}.\n"
+
+
+def gpu_kernels(gpu: str) -> str:
+    """What the profiler counted of each kernel, in the order in which they were launched."""
+    rows = [row for row in lines("counters") if gpu in row["machine"]["gpu"]]
+    rows = latest((row for row in rows if row["commit"] == rows[-1]["commit"]), "kernel", "blocks")
+    shares = ("share_of_dram_peak", "share_of_sm_peak", "share_of_issue_slots", "occupancy")
+    body = [
+        [
+            f"`{row['kernel']}`",
+            f"{1e6 * row['seconds']:.1f}",
+            *(f"{row[share]:.0%}" for share in shares),
+            f"{row['registers']:.0f}",
+        ]
+        for row in rows
+    ]
+    head = ["kernel", "us", "of DRAM's peak", "of the SMs' peak", "of issue slots", "occupancy", "registers"]
+    return table(head, body) + f"\nMeasured on: {rows[0]['machine']['gpu']}, commit {rows[0]['commit']}.\n"
+
+
 def accuracy(suite: str, *experiments: str) -> str:
     """Accuracy of the exact integers, mean over the seeds, and the size of the file, for experiments of recipes.py."""
     body = []
@@ -197,6 +232,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "packed": packed,
     "language_model": language_model,
     "networks": networks,
+    "gpu_packed": gpu_packed,
+    "gpu_kernels": gpu_kernels,
     "accuracy": accuracy,
 }
 

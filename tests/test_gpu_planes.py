@@ -126,8 +126,9 @@ def quantized(input: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32])
 @pytest.mark.parametrize("sign", ["mixed", "positive"])
-def test_emulated_product_is_exact(coefficients: tuple[int, ...], dtype: torch.dtype, sign: str) -> None:
-    rows, columns, batch = 70, 300, 11
+@pytest.mark.parametrize("batch", [5, 11])
+def test_emulated_product_is_exact(coefficients: tuple[int, ...], dtype: torch.dtype, sign: str, batch: int) -> None:
+    rows, columns = 70, 300
     codes, planes = make_planes(coefficients, rows, columns)
     # Integers of at most 3 bits: every sum is a float32 number, so the product is either right or wrong.
     input = torch.randint(-3, 4, (batch, columns)).to(dtype)
@@ -172,6 +173,21 @@ def test_emulated_product_with_a_long_row_of_positive_inputs(planes_of_weight: i
     exact = input.double() @ codes.double().T * step.double()
     eager = reference.bitserial_linear(input, planes, step, None, coefficients, shape, "exact")
     assert_within(emulate(input, None, planes, coefficients, step, None, shape, dtype), exact, eager)
+
+
+@native
+@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
+@pytest.mark.parametrize("batch", [5, 11])
+def test_emulated_product_of_blocks_with_steps_is_exact(coefficients: tuple[int, ...], batch: int) -> None:
+    rows, columns = 70, 300
+    codes, planes = make_planes(coefficients, rows, columns)
+    input = padded(torch.randint(-1, 2, (batch, columns)).half(), columns)
+    exponents = torch.randint(-2, 3, (1, input.shape[1] // gpu_planes.COLUMNS, gpu_planes.PASS_ROWS))
+    steps = 2.0**exponents
+    scaled = input.double().unflatten(1, (-1, gpu_planes.COLUMNS)) * steps[0, :, :batch].T[..., None]
+    expected = scaled.flatten(1)[:, :columns] @ codes.double().T
+    actual = emulate(input, steps, planes, coefficients, torch.tensor(1.0), None, (rows, columns), FLOAT32)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @native

@@ -98,6 +98,15 @@ def _store_momentum(p_momentum, p_scales, b_momentum, o_plane, o_block, m_tile, 
     tl.store(p_momentum + o_plane, b_momentum, mask=m_tile)
 
 
+@triton.jit
+def _quotient(x, y):
+    # `/` errs by two roundings, which a step as long as its logit would hand on; what it leaves of x, divided again,
+    # makes it one. `div_rn` takes more registers than there are. Narrow momenta err by more than any of them.
+    b_quotient = x / y
+    b_rest = tl.fma(-b_quotient, y, x)
+    return tl.where(tl.abs(b_quotient) < float("inf"), b_quotient + b_rest / y, b_quotient)
+
+
 # One plane of one sign: writes the next logits, as they are stored, and their momenta, and returns the logits.
 @triton.jit
 def _move(
@@ -143,10 +152,12 @@ def _move(
                 b_second = b_second * b_second
             b_second = second_decay * b_second + second_gain * b_grad * b_grad
             b_root = tl.sqrt_rn(b_second)
-            # `/` errs by two roundings, which a step as long as the logit hands on.
-            b_step = tl.div_rn(b_first, root * b_root + epsilon)
+            b_size = root * b_root + epsilon
             if p_second_scales is not None:
                 b_second = b_root
+                b_step = b_first / b_size
+            else:
+                b_step = _quotient(b_first, b_size)
             _store_momentum(
                 p_second, p_second_scales, b_second, o_plane, o_block, m_tile, m_block, key ^ _SECOND_KEY, True
             )

@@ -37,9 +37,10 @@ struct BitserialWeight {
 
 // The 32 weights that a thread makes: a word of a flat plane, or a row of a lane of a tile.
 struct WeightItem {
-    int64_t first;  // in the flat weight
-    int32_t count;  // of them within the weight
-    int32_t code[kLaneColumns];
+    int64_t first;    // in the flat weight
+    int64_t channel;  // of the first
+    int32_t count;    // of them within the weight
+    float value[kLaneColumns];
 };
 
 CSQ_HD int64_t weight_items(const BitserialWeight& p) {
@@ -64,13 +65,35 @@ CSQ_HD uint32_t plane_word(const BitserialWeight& p, int64_t item, int plane) {
     return p.inverted[plane] ? ~word : word;
 }
 
+// Where the item lies in the weight; for tiles within a row, or nowhere.
 template <bool kTiled>
-CSQ_HD void make_codes(const BitserialWeight& p, int64_t item, int offset, WeightItem& made) {
+CSQ_HD void place_item(const BitserialWeight& p, int64_t item, WeightItem& made) {
+    const int64_t rows = p.outer * p.channels;
+    int64_t end = rows * p.inner;
+    made.first = item * kLaneColumns;
+    made.channel = p.step_per_channel ? made.first / p.inner % p.channels : 0;
+    if (kTiled) {
+        const uint32_t tile = static_cast<uint32_t>(item / (32 * kLaneRows)), blocks = static_cast<uint32_t>(p.blocks);
+        const int lane = static_cast<int>(item % 32), r = static_cast<int>(item / 32 % kLaneRows);
+        const int64_t row = static_cast<int64_t>(tile / blocks) * kWarpRows + 8 * r + lane / 4;
+        made.first = row < rows ? row * p.inner + tile % blocks * kWarpColumns + lane % 4 * kLaneColumns : end;
+        made.channel = p.step_per_channel && p.channels > 1 ? row : 0;
+        if (row < rows) end = (row + 1) * p.inner;
+    }
+    const int64_t left = end - made.first;
+    made.count = static_cast<int32_t>(left < 0 ? 0 : left < kLaneColumns ? left : kLaneColumns);
+}
+
+// kByte: every exponent is below 8, and a byte of the fields is the whole code.
+template <bool kTiled, bool kByte>
+CSQ_HD void make_weights(const BitserialWeight& p, int64_t item, int offset, WeightItem& made) {
+    place_item<kTiled>(p, item, made);
+    int32_t code[kLaneColumns];
     CSQ_UNROLL
-    for (int i = 0; i < kLaneColumns; ++i) made.code[i] = -offset;
+    for (int i = 0; i < kLaneColumns; ++i) code[i] = -offset;
     for (int plane = 0; plane < p.planes;) {
         // Planes whose exponents agree but for 3 bits, whichever of them there are.
-        const int base = p.exponents[plane] / 8 * 8;
+        const int base = kByte ? 0 : p.exponents[plane] / 8 * 8;
         uint32_t words[8] = {}, fields[8];
         CSQ_UNROLL
         for (int e = 7; e >= 0; --e) {
@@ -79,29 +102,33 @@ CSQ_HD void make_codes(const BitserialWeight& p, int64_t item, int offset, Weigh
         merge_planes<8>(words, fields);
         CSQ_UNROLL
         for (int i = 0; i < kLaneColumns; ++i) {
-            const int position = kTiled ? i / 4 : i % 8, byte = kTiled ? byte_of_column(i % 4) : i / 8;
-            made.code[i] += static_cast<int32_t>((fields[position] >> (8 * byte)) & 0xffu) << base;
+            const uint32_t field = fields[kTiled ? i / 4 : i % 8];
+            const int byte = kTiled ? byte_of_column(i % 4) : i / 8;
+            if (kByte) {
+                made.value[i] = biased_float(field, byte) - (8388608.0f + static_cast<float>(offset));
+            } else {
+                code[i] += static_cast<int32_t>((field >> (8 * byte)) & 0xffu) << base;
+            }
         }
     }
-    int64_t end = p.outer * p.channels * p.inner;
-    made.first = item * kLaneColumns;
-    if (kTiled) {
-        const int64_t tile = item / (32 * kLaneRows);
-        const int lane = static_cast<int>(item % 32), r = static_cast<int>(item / 32 % kLaneRows);
-        const int64_t row = tile / p.blocks * kWarpRows + 8 * r + lane / 4;
-        made.first = row * p.inner + tile % p.blocks * kWarpColumns + lane % 4 * kLaneColumns;
-        if (row >= p.outer * p.channels)
-            made.first = end;
-        else
-            end = (row + 1) * p.inner;
+    CSQ_UNROLL
+    for (int i = 0; i < kLaneColumns && !kByte; ++i) made.value[i] = static_cast<float>(code[i]);
+    if (p.step == nullptr) return;
+    if (kTiled || !p.step_per_channel) {
+        // Past the last row there is no step either.
+        const float step = made.count > 0 ? p.step[made.channel] : 0.0f;
+        CSQ_UNROLL
+        for (int i = 0; i < kLaneColumns; ++i) made.value[i] *= step;
+        return;
     }
-    const int64_t left = end - made.first;
-    made.count = static_cast<int32_t>(left < 0 ? 0 : left < kLaneColumns ? left : kLaneColumns);
-}
-
-CSQ_HD float weight_of(const BitserialWeight& p, const WeightItem& made, int i) {
-    const int64_t channel = p.step_per_channel ? (made.first + i) / p.inner % p.channels : 0;
-    return static_cast<float>(made.code[i]) * (p.step == nullptr ? 1.0f : p.step[channel]);
+    int64_t channel = made.channel, within = made.first % p.inner;
+    CSQ_UNROLL
+    for (int i = 0; i < kLaneColumns; ++i) {
+        made.value[i] *= p.step[channel];
+        if (++within < p.inner) continue;
+        within = 0;
+        channel = channel + 1 == p.channels ? 0 : channel + 1;
+    }
 }
 
 CSQ_HD int32_t total_offset(const BitserialWeight& p) {

@@ -73,35 +73,44 @@ void read_words(const uint8_t* tile, uint32_t (&words)[kLanes][kLaneRows * K]) {
 // Rows of sums by input row.
 using TileSums = float[kWarpRows][8];
 
-template <int K>
-void emulate_halves(const uint8_t* tile, int offset, const uint32_t (&x)[kLanes][16], const float (&steps)[8],
-                    TileSums& sums) {
-    uint32_t words[kLanes][kLaneRows * K];
-    read_words<K>(tile, words);
-    Operand operands[kPositions][2], shift_operand;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        half_products<K>(words[lane], [&](int p, int m, int, const uint32_t (&a)[4]) {
-            std::copy(a, a + 4, operands[p][m][lane].begin());
-        });
-        shift_operand[lane].fill(half_offset(offset));
-    }
-    float shift[16][8] = {}, acc[2][half_sets(K)][16][8] = {};
-    for (int p = 0; p < kPositions; ++p) {
-        uint32_t b[kLanes][2];
-        for (int lane = 0; lane < kLanes; ++lane) b[lane][0] = x[lane][2 * p], b[lane][1] = x[lane][2 * p + 1];
-        emulate_mma<HalfElements>(shift, shift_operand, b);
-        for (int m = 0; m < 2; ++m) emulate_mma<HalfElements>(acc[m][half_set<K>(p)], operands[p][m], b);
-    }
-    for (int row = 0; row < kWarpRows; ++row) {
-        for (int n = 0; n < 8; ++n) {
-            float sum = shift[row % 16][n];
-            for (int set = 0; set < half_sets(K); ++set) {
-                sum = std::fmaf(std::ldexp(1.0f, -field_bits(K) * set), acc[row / 16][set][row % 16][n], sum);
-            }
-            sums[row][n] = std::fmaf(steps[n], sum, sums[row][n]);
+// The accumulators of a warp for 8 of the rows of the input.
+template <int K, int S>
+struct HalfSums {
+    int chains;
+    float shift[2][16][8] = {}, codes[2][S][16][8] = {};
+
+    void add(const uint8_t* tile, int offset, const uint32_t (&x)[kLanes][16]) {
+        uint32_t words[kLanes][kLaneRows * K];
+        read_words<K>(tile, words);
+        Operand operands[kPositions][2], shift_operand;
+        int sets[kPositions];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            half_products<K, S>(words[lane], [&](int p, int m, int set, const uint32_t (&a)[4]) {
+                std::copy(a, a + 4, operands[p][m][lane].begin());
+                sets[p] = set;
+            });
+            shift_operand[lane].fill(half_offset(offset));
+        }
+        for (int p = 0; p < kPositions; ++p) {
+            uint32_t b[kLanes][2];
+            for (int lane = 0; lane < kLanes; ++lane) b[lane][0] = x[lane][2 * p], b[lane][1] = x[lane][2 * p + 1];
+            emulate_mma<HalfElements>(shift[p % chains], shift_operand, b);
+            for (int m = 0; m < 2; ++m) emulate_mma<HalfElements>(codes[m][sets[p]], operands[p][m], b);
         }
     }
-}
+    // Added to sums, times a step for each input row.
+    void get(const float (&steps)[8], TileSums& sums) const {
+        for (int row = 0; row < kWarpRows; ++row) {
+            for (int n = 0; n < 8; ++n) {
+                float sum = shift[0][row % 16][n] + shift[1][row % 16][n];
+                for (int set = 0; set < S; ++set) {
+                    sum = std::fmaf(std::ldexp(1.0f, -field_bits(K) * set), codes[row / 16][set][row % 16][n], sum);
+                }
+                sums[row][n] = std::fmaf(steps[n], sum, sums[row][n]);
+            }
+        }
+    }
+};
 
 template <int K>
 void emulate_bytes(const uint8_t* tile, int offset, const uint32_t (&x)[kLanes][16], const float (&steps)[8],
@@ -148,7 +157,7 @@ void emulate_floats(const uint8_t* tile, int offset, const float* const (&x)[8],
     }
 }
 
-template <int K>
+template <int K, int S>
 void emulate_group(const cuda::BitserialLinear& p, const PlaneGroup& group, int64_t tile_row, int64_t first_input,
                    float (&total)[kWarpRows][8]) {
     const bool halves = p.arithmetic == cuda::Arithmetic::f16, floats = p.arithmetic == cuda::Arithmetic::f32;
@@ -157,6 +166,8 @@ void emulate_group(const cuda::BitserialLinear& p, const PlaneGroup& group, int6
     for (int warp = 0; warp < kBlockWarps; ++warp) {
         TileSums sums = {};
         float lane_sums[kLanes][kLaneRows][8] = {};
+        HalfSums<K, S> accumulators{p.batch <= 8 ? 2 : 1};
+        constexpr float kOnes[8] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
         for (int64_t block = warp; block < p.blocks; block += kBlockWarps) {
             const uint8_t* tile = p.tiles + ((tile_row * p.blocks + block) * p.planes + group.first) * kPlaneTileBytes;
             const uint8_t* columns = static_cast<const uint8_t*>(p.input) + block * kWarpColumns * element;
@@ -178,11 +189,15 @@ void emulate_group(const cuda::BitserialLinear& p, const PlaneGroup& group, int6
             if (floats) {
                 emulate_floats<K>(tile, group.offset, floats_of, inputs, lane_sums);
             } else if (halves) {
-                emulate_halves<K>(tile, group.offset, x, steps, sums);
+                accumulators.add(tile, group.offset, x);
+                if (p.input_steps == nullptr) continue;
+                accumulators.get(steps, sums);
+                accumulators = {accumulators.chains};
             } else {
                 emulate_bytes<K>(tile, group.offset, x, steps, sums);
             }
         }
+        accumulators.get(kOnes, sums);
         for (int row = 0; row < kWarpRows; ++row) {
             for (int n = 0; n < 8; ++n) {
                 float sum = sums[row][n];
@@ -204,12 +219,18 @@ void emulate_group(const cuda::BitserialLinear& p, const PlaneGroup& group, int6
 
 inline void emulate_linear(const cuda::BitserialLinear& p, const std::vector<PlaneGroup>& groups) {
     using Group = void (*)(const cuda::BitserialLinear&, const PlaneGroup&, int64_t, int64_t, float (&)[kWarpRows][8]);
-    constexpr Group kGroups[] = {emulate_group<1>, emulate_group<2>, emulate_group<3>, emulate_group<4>,
-                                 emulate_group<5>, emulate_group<6>, emulate_group<7>, emulate_group<8>};
+    constexpr Group kFew[] = {emulate_group<1, half_sets(1, 8)>, emulate_group<2, half_sets(2, 8)>,
+                              emulate_group<3, half_sets(3, 8)>, emulate_group<4, half_sets(4, 8)>,
+                              emulate_group<5, half_sets(5, 8)>, emulate_group<6, half_sets(6, 8)>,
+                              emulate_group<7, half_sets(7, 8)>, emulate_group<8, half_sets(8, 8)>};
+    constexpr Group kMany[] = {emulate_group<1, half_sets(1, 16)>, emulate_group<2, half_sets(2, 16)>};
     for (int64_t tile_row = 0; tile_row * kWarpRows < p.rows; ++tile_row) {
         for (int64_t first_input = 0; first_input < p.batch; first_input += 8) {
             float total[kWarpRows][8] = {};
-            for (const auto& group : groups) kGroups[group.planes - 1](p, group, tile_row, first_input, total);
+            for (const auto& group : groups) {
+                const Group* chosen = group.planes <= 2 && p.batch > 8 ? kMany : kFew;
+                chosen[group.planes - 1](p, group, tile_row, first_input, total);
+            }
             for (int i = 0; i < kWarpRows * 8; ++i) {
                 const int64_t row = tile_row * kWarpRows + i / 8, input = first_input + i % 8;
                 if (row >= p.rows || input >= p.batch) continue;
@@ -225,11 +246,13 @@ inline void emulate_linear(const cuda::BitserialLinear& p, const std::vector<Pla
 }
 
 inline void emulate_weight(const BitserialWeight& p) {
+    const bool byte = p.exponents[0] < 8;
+    const auto tiled = byte ? make_weights<true, true> : make_weights<true, false>;
+    const auto canonical = byte ? make_weights<false, true> : make_weights<false, false>;
     WeightItem made;
     for (int64_t item = 0; item < weight_items(p); ++item) {
-        p.blocks > 0 ? make_codes<true>(p, item, total_offset(p), made)
-                     : make_codes<false>(p, item, total_offset(p), made);
-        for (int i = 0; i < made.count; ++i) static_cast<float*>(p.output)[made.first + i] = weight_of(p, made, i);
+        (p.blocks > 0 ? tiled : canonical)(p, item, total_offset(p), made);
+        std::copy(made.value, made.value + made.count, static_cast<float*>(p.output) + made.first);
     }
 }
 

@@ -60,23 +60,24 @@ CSQ_HD uint32_t byte_operand(const uint32_t (&fields)[field_bits(K)], int p) {
 }
 
 // A code v in the low bits of a half is the subnormal number v 2^-24. One that starts higher counts for more, and adds
-// to an accumulator of its own, so that masks go without shifts; fields of 1 bit take two windows, to save
-// accumulators.
+// to an accumulator of its own, so that masks go without shifts: there are S such sets. Of 8 rows of the input each has
+// 8 registers, of 16 rows 16, where more than 2 sets leave room for one block alone.
 constexpr int kSubnormalExponent = 24;
-CSQ_HD constexpr int half_window(int planes) { return field_bits(planes) == 1 ? 4 : 8; }
-CSQ_HD constexpr int half_sets(int planes) { return half_window(planes) / field_bits(planes); }
+CSQ_HD constexpr int half_sets(int planes, int input_rows) {
+    return field_bits(planes) <= 2 && input_rows <= 8 ? 4 : field_bits(planes) <= 4 ? 2 : 1;
+}
 
-template <int K>
+template <int K, int S>
 CSQ_HD int half_set(int p) {
-    return p / field_bits(K) % half_sets(K);
+    return p / field_bits(K) % S;
 }
 
 // Codes at position p as two pairs of halves, columns 0, 1 and 2, 3, times 2^(F s - 24), s = half_set(p).
-template <int K>
+template <int K, int S>
 CSQ_HD void half_operand(const uint32_t (&fields)[field_bits(K)], int p, uint32_t (&pairs)[2]) {
     constexpr int F = field_bits(K);
     const int at = p / F * F;
-    const int window = at / half_window(K) * half_window(K);
+    const int window = at / (F * S) * (F * S);
     const uint32_t mask = in_every(16, (1u << F) - 1) << (at - window);
     pairs[0] = (fields[p % F] >> window) & mask;
     pairs[1] = (fields[p % F] >> (window + 8)) & mask;
@@ -87,7 +88,7 @@ CSQ_HD uint32_t half_offset(int offset) { return 0x80008000u | static_cast<uint3
 
 // The 16-row operands of m16n8k16 for a tile: calls multiply(p, m, set, a) for every position p and both halves m of
 // the rows. The 8-column operand at p is words 2 p and 2 p + 1 of the lane's 32 columns of halves.
-template <int K, class Multiply>
+template <int K, int S, class Multiply>
 CSQ_HD void half_products(const uint32_t* words, Multiply&& multiply) {
     CSQ_UNROLL
     for (int m = 0; m < 2; ++m) {
@@ -97,10 +98,10 @@ CSQ_HD void half_products(const uint32_t* words, Multiply&& multiply) {
         CSQ_UNROLL
         for (int p = 0; p < kPositions; ++p) {
             uint32_t u[2], l[2];
-            half_operand<K>(upper, p, u);
-            half_operand<K>(lower, p, l);
+            half_operand<K, S>(upper, p, u);
+            half_operand<K, S>(lower, p, l);
             const uint32_t a[4] = {u[0], l[0], u[1], l[1]};
-            multiply(p, m, half_set<K>(p), a);
+            multiply(p, m, half_set<K, S>(p), a);
         }
     }
 }

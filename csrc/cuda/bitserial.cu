@@ -2,6 +2,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/bitserial.h"
 
 namespace csq::cuda {
@@ -38,18 +40,17 @@ template <int K>
 class Tiles {
 public:
     __device__ Tiles(const BitserialLinear& p, const PlaneGroup& group, uint4* ring)
-        : warp_(threadIdx.x / kWarp),
-          blocks_(p.blocks),
-          stride_(static_cast<int64_t>(p.planes) * kPlaneTileBytes),
-          source_(p.tiles + blockIdx.x * p.blocks * stride_ + group.first * kPlaneTileBytes + threadIdx.x % kWarp * 16),
-          ring_(ring + warp_ * stages(K) * K * kWarp + threadIdx.x % kWarp) {
-        for (int i = 0; i < stages(K) - 1; ++i) fetch(warp_ + i * kWarps, i);
+        : ahead_(threadIdx.x / kWarp),
+          blocks_(static_cast<int>(p.blocks)),
+          stride_(static_cast<int64_t>(p.planes) * kPlaneTileBytes * kWarps),
+          source_(p.tiles + (blockIdx.x * p.blocks + ahead_) * p.planes * kPlaneTileBytes +
+                  group.first * kPlaneTileBytes + threadIdx.x % kWarp * 16),
+          ring_(ring + ahead_ * stages(K) * K * kWarp + threadIdx.x % kWarp) {
+        for (int i = 0; i < stages(K) - 1; ++i) fetch(i);
     }
 
-    __device__ int64_t first() const { return warp_; }
-
-    // The words of the tile in this block of columns, which come in the order first(), first() + kWarps, ...
-    __device__ void next(int64_t block, uint32_t (&words)[kLaneRows * K]) {
+    // The words of the next tile: that in the block of columns of the warp's number, then every kWarps-th.
+    __device__ void next(uint32_t (&words)[kLaneRows * K]) {
         wait_for_all_copies_but<stages(K) - 2>();
 #pragma unroll
         for (int v = 0; v < K; ++v) {
@@ -57,24 +58,25 @@ public:
             words[4 * v] = four.x, words[4 * v + 1] = four.y, words[4 * v + 2] = four.z, words[4 * v + 3] = four.w;
         }
         const int free = slot_ == 0 ? stages(K) - 1 : slot_ - 1;
-        fetch(block + (stages(K) - 1) * kWarps, free);
+        fetch(free);
         slot_ = slot_ == stages(K) - 1 ? 0 : slot_ + 1;
     }
 
 private:
-    __device__ void fetch(int64_t block, int slot) {
-        if (block < blocks_) {
-            const uint8_t* tile = source_ + block * stride_;
+    __device__ void fetch(int slot) {
+        if (ahead_ < blocks_) {
 #pragma unroll
-            for (int v = 0; v < K; ++v) copy_async(ring_ + (slot * K + v) * kWarp, tile + v * kPlaneTileBytes);
+            for (int v = 0; v < K; ++v) copy_async(ring_ + (slot * K + v) * kWarp, source_ + v * kPlaneTileBytes);
         }
         commit_copies();
+        ahead_ += kWarps;
+        source_ += stride_;
     }
 
-    int warp_;
     int slot_ = 0;
-    int64_t blocks_;
-    int64_t stride_;
+    int ahead_;  // block of columns of the tile that is fetched next
+    int blocks_;
+    int64_t stride_;  // bytes from a tile of the warp to its next
     const uint8_t* source_;
     uint4* ring_;
 };
@@ -146,135 +148,182 @@ __device__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Sums of (code - offset) x over the tiles of a warp, whose steps are 1: they stay in the accumulators to the end.
 struct Halves {
     static constexpr int kBytes = 2;
     static constexpr int kExponent = kSubnormalExponent;
+    static constexpr bool kSteps = false;
 
-    // sums[m][n] += steps[n] * (code - offset) x over one tile.
-    template <int K, int N, int W>
-    static __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][W], const float2 (&steps)[N],
-                               float (&sums)[2][N][4]) {
-        // In every row of it the offset's part, which no row of the weight needs of its own.
-        float shift[N][4] = {};
-        const uint32_t pair = half_offset(offset);
-        const uint32_t shift_operand[4] = {pair, pair, pair, pair};
+    template <int K, int N>
+    struct Sums {
+        static constexpr int kSets = half_sets(K, 8 * N);
+        static constexpr int kChains = N == 1 ? 2 : 1;
+
+        float codes[2][kSets][N][4] = {};
+        // In every row of it the offset's part, which no row of the weight needs of its own; two sums at least, since
+        // an instruction waits for the one before it that adds to the same.
+        float shift[kChains][N][4] = {};
+
+        __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][16], const float2*) {
+            const uint32_t pair = half_offset(offset);
+            const uint32_t shift_operand[4] = {pair, pair, pair, pair};
 #pragma unroll
-        for (int p = 0; p < kPositions; ++p) {
+            for (int p = 0; p < kPositions; ++p) {
 #pragma unroll
-            for (int n = 0; n < N; ++n) multiply(shift[n], shift_operand, x[n][2 * p], x[n][2 * p + 1]);
-        }
-        float acc[2][half_sets(K)][N][4] = {};
-        half_products<K>(words, [&](int p, int m, int set, const uint32_t (&a)[4]) {
-#pragma unroll
-            for (int n = 0; n < N; ++n) multiply(acc[m][set][n], a, x[n][2 * p], x[n][2 * p + 1]);
-        });
-#pragma unroll
-        for (int i = 0; i < 8 * N; ++i) {
-            const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
-            float sum = shift[n][c];
-#pragma unroll
-            for (int set = 0; set < half_sets(K); ++set) {
-                sum = fmaf(1.0f / static_cast<float>(1 << (field_bits(K) * set)), acc[m][set][n][c], sum);
+                for (int n = 0; n < N; ++n) {
+                    multiply(shift[p % kChains][n], shift_operand, x[n][2 * p], x[n][2 * p + 1]);
+                }
             }
-            sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, sum, sums[m][n][c]);
+            half_products<K, kSets>(words, [&](int p, int m, int set, const uint32_t (&a)[4]) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) multiply(codes[m][set][n], a, x[n][2 * p], x[n][2 * p + 1]);
+            });
         }
-    }
+        __device__ float get(int m, int n, int c) const {
+            float sum = shift[0][n][c];
+            if constexpr (kChains == 2) sum += shift[1][n][c];
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+                sum = fmaf(1.0f / static_cast<float>(1 << (field_bits(K) * set)), codes[m][set][n][c], sum);
+            }
+            return sum;
+        }
+    };
 };
 
+// The same, of tiles with a step each.
+struct ScaledHalves {
+    static constexpr int kBytes = 2;
+    static constexpr int kExponent = kSubnormalExponent;
+    static constexpr bool kSteps = true;
+
+    template <int K, int N>
+    struct Sums {
+        float sums[2][N][4] = {};
+
+        __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][16], const float2* steps) {
+            Halves::Sums<K, N> tile;
+            tile.add(words, offset, x, nullptr);
+#pragma unroll
+            for (int i = 0; i < 8 * N; ++i) {
+                const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
+                sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, tile.get(m, n, c), sums[m][n][c]);
+            }
+        }
+        __device__ float get(int m, int n, int c) const { return sums[m][n][c]; }
+    };
+};
+
+// The same of an input of integers; up to the product with the step in integers, of magnitude at most
+// 128 * 255 * 127 < 2^23.
 struct Bytes {
     static constexpr int kBytes = 1;
     static constexpr int kExponent = 0;
+    static constexpr bool kSteps = true;
 
-    // As above; up to the product with the step in integers, of magnitude at most 128 * 255 * 127 < 2^23.
-    template <int K, int N, int W>
-    static __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][W], const float2 (&steps)[N],
-                               float (&sums)[2][N][4]) {
-        int32_t shift[N][4] = {};
-        const uint32_t bytes = static_cast<uint32_t>(offset) * 0x01010101u;
-        const uint32_t shift_operand[4] = {bytes, bytes, bytes, bytes};
-        int32_t acc[2][N][4] = {};
+    template <int K, int N>
+    struct Sums {
+        float sums[2][N][4] = {};
+
+        __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][8], const float2* steps) {
+            int32_t shift[N][4] = {};
+            const uint32_t bytes = static_cast<uint32_t>(offset) * 0x01010101u;
+            const uint32_t shift_operand[4] = {bytes, bytes, bytes, bytes};
+            int32_t acc[2][N][4] = {};
 #pragma unroll
-        for (int s = 0; s < kPositions / 2; ++s) {
+            for (int s = 0; s < kPositions / 2; ++s) {
 #pragma unroll
-            for (int n = 0; n < N; ++n) multiply(shift[n], shift_operand, x[n][2 * s], x[n][2 * s + 1]);
+                for (int n = 0; n < N; ++n) multiply(shift[n], shift_operand, x[n][2 * s], x[n][2 * s + 1]);
+            }
+            byte_products<K>(words, [&](int s, int m, const uint32_t (&a)[4]) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) multiply(acc[m][n], a, x[n][2 * s], x[n][2 * s + 1]);
+            });
+#pragma unroll
+            for (int i = 0; i < 8 * N; ++i) {
+                const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
+                const float sum = static_cast<float>(acc[m][n][c] - shift[n][c]);
+                sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, sum, sums[m][n][c]);
+            }
         }
-        byte_products<K>(words, [&](int s, int m, const uint32_t (&a)[4]) {
+        __device__ float get(int m, int n, int c) const { return sums[m][n][c]; }
+    };
+};
+
+// What a lane multiplies by: its columns of N rows of the input, and their steps, of one block after the other.
+template <class Input, int N>
+class Columns {
+public:
+    static constexpr int kVectors = kLaneColumns * Input::kBytes / 16;
+
+    uint32_t x[N][4 * kVectors];
+    float2 steps[N];
+
+    __device__ explicit Columns(const BitserialLinear& p) {
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-            for (int n = 0; n < N; ++n) multiply(acc[m][n], a, x[n][2 * s], x[n][2 * s + 1]);
-        });
-#pragma unroll
-        for (int i = 0; i < 8 * N; ++i) {
-            const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
-            const float sum = static_cast<float>(acc[m][n][c] - shift[n][c]);
-            sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, sum, sums[m][n][c]);
+        for (int n = 0; n < N; ++n) {
+            // Past the last row that row again: nobody reads what comes of it.
+            const int64_t input = min(static_cast<int64_t>(blockIdx.y) * kPassRows + 8 * n + lane / 4, p.batch - 1);
+            source_[n] = static_cast<const uint4*>(p.input) + ((input * p.blocks + warp) * 4 + lane % 4) * kVectors;
+        }
+        if constexpr (Input::kSteps) {
+            step_source_ = p.input_steps + (blockIdx.y * p.blocks + warp) * kPassRows + lane % 4 * 2;
         }
     }
+
+    // Those of the warp's next tile. Asked for as soon as those before are multiplied: while the planes of the tile are
+    // made operands, they come from a cache.
+    __device__ void fetch() {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if constexpr (Input::kSteps) steps[n] = *reinterpret_cast<const float2*>(step_source_ + 8 * n);
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+                const uint4 four = source_[n][v];
+                x[n][4 * v] = four.x, x[n][4 * v + 1] = four.y, x[n][4 * v + 2] = four.z, x[n][4 * v + 3] = four.w;
+            }
+            source_[n] += kWarps * 4 * kVectors;
+        }
+        if constexpr (Input::kSteps) step_source_ += kWarps * kPassRows;
+    }
+
+private:
+    const uint4* source_[N];
+    const float* step_source_;
 };
 
 // 32 rows of the weight times 8 N rows of the input: each warp multiplies its tiles, then the block adds.
 template <int K, class Input, int N>
-__global__ void __launch_bounds__(kThreads, N == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<Input, ScaledHalves>&& N == 2 ? 1 : 2)
     bitserial_mma_kernel(const __grid_constant__ BitserialLinear p, const __grid_constant__ PlaneGroup group,
                          bool first, bool last) {
-    constexpr int kVectors = kLaneColumns * Input::kBytes / 16;
     extern __shared__ uint4 ring[];
-    const int lane = threadIdx.x % kWarp;
-    const int g = lane / 4, t = lane % 4;
-    const int64_t first_input = static_cast<int64_t>(blockIdx.y) * kPassRows;
     Tiles<K> tiles(p, group, ring);
-
-    const uint4* source[N];
-    bool inside[N];
-    uint4 ahead[N][kVectors] = {};
-    float2 steps_ahead[N];
-    const auto load = [&](int64_t block) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            steps_ahead[n] = make_float2(1.0f, 1.0f);
-            if (p.input_steps != nullptr) {
-                const float* steps = p.input_steps + (blockIdx.y * p.blocks + block) * kPassRows + 8 * n + 2 * t;
-                steps_ahead[n] = *reinterpret_cast<const float2*>(steps);
-            }
-            if (!inside[n]) continue;
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) ahead[n][v] = source[n][block * 4 * kVectors + v];
-        }
-    };
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        const int64_t input = first_input + 8 * n + g;
-        inside[n] = input < p.batch;
-        source[n] = static_cast<const uint4*>(p.input) + (input * p.blocks * 4 + t) * kVectors;
-    }
-
-    float sums[2][N][4] = {};
-    if (tiles.first() < p.blocks) load(tiles.first());
-    for (int64_t block = tiles.first(); block < p.blocks; block += kWarps) {
+    Columns<Input, N> columns(p);
+    typename Input::template Sums<K, N> sums;
+    const int blocks = static_cast<int>(p.blocks);
+    int block = threadIdx.x / kWarp;
+    if (block < blocks) columns.fetch();
+#pragma unroll 1
+    for (; block < blocks; block += kWarps) {
         uint32_t words[kLaneRows * K];
-        tiles.next(block, words);
-        uint32_t x[N][4 * kVectors];
-        float2 steps[N];
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            steps[n] = steps_ahead[n];
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                x[n][4 * v] = ahead[n][v].x, x[n][4 * v + 1] = ahead[n][v].y;
-                x[n][4 * v + 2] = ahead[n][v].z, x[n][4 * v + 3] = ahead[n][v].w;
-            }
-        }
-        if (block + kWarps < p.blocks) load(block + kWarps);
-        Input::template add<K>(words, group.offset, x, steps, sums);
+        tiles.next(words);
+        sums.add(words, group.offset, columns.x, columns.steps);
+        if (block + kWarps < blocks) columns.fetch();
     }
 
     __syncthreads();
+    const int lane = threadIdx.x % kWarp;
+    const int g = lane / 4, t = lane % 4;
     float* all = reinterpret_cast<float*>(ring);
     float* mine = all + threadIdx.x / kWarp * 8 * N * kSumStride;
 #pragma unroll
     for (int i = 0; i < 8 * N; ++i) {
         const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
-        mine[(8 * n + 2 * t + c % 2) * kSumStride + 16 * m + g + c / 2 * 8] = sums[m][n][c];
+        mine[(8 * n + 2 * t + c % 2) * kSumStride + 16 * m + g + c / 2 * 8] = sums.get(m, n, c);
     }
+    const int64_t first_input = static_cast<int64_t>(blockIdx.y) * kPassRows;
     finish<8 * N>(p, all, first_input, power_of_two(group.exponent + Input::kExponent), first, last);
 }
 
@@ -292,9 +341,9 @@ __global__ void __launch_bounds__(kThreads, N == 1 ? 2 : 1)
     const int64_t input_stride = p.blocks * kWarpColumns / 4;
 
     float sums[kLaneRows][N] = {};
-    for (int64_t block = tiles.first(); block < p.blocks; block += kWarps) {
+    for (int64_t block = threadIdx.x / kWarp; block < p.blocks; block += kWarps) {
         uint32_t words[kLaneRows * K];
-        tiles.next(block, words);
+        tiles.next(words);
         float acc[kLaneRows][N] = {};
         const auto load = [&](int position, int n, float (&x)[4]) {
             float4 four = {};
@@ -338,8 +387,12 @@ LinearVariant variant(const BitserialLinear& p) {
     const bool narrow = p.batch <= kPassRows / 2;
     switch (p.arithmetic) {
         case Arithmetic::f16:
-            return {narrow ? bitserial_mma_kernel<K, Halves, 1> : bitserial_mma_kernel<K, Halves, 2>, kPassRows,
-                    "bitserial_mma_kernel"};
+            if (p.input_steps == nullptr) {
+                return {narrow ? bitserial_mma_kernel<K, Halves, 1> : bitserial_mma_kernel<K, Halves, 2>, kPassRows,
+                        "bitserial_mma_kernel"};
+            }
+            return {narrow ? bitserial_mma_kernel<K, ScaledHalves, 1> : bitserial_mma_kernel<K, ScaledHalves, 2>,
+                    kPassRows, "bitserial_mma_kernel"};
         case Arithmetic::i8:
             return {narrow ? bitserial_mma_kernel<K, Bytes, 1> : bitserial_mma_kernel<K, Bytes, 2>, kPassRows,
                     "bitserial_mma_kernel"};
@@ -432,19 +485,18 @@ struct alignas(sizeof(uint4)) Run {
     T lane[kLength];
 };
 
-template <class T, bool kTiled>
+template <class T, bool kTiled, bool kByte>
 __global__ void __launch_bounds__(kThreads, 2)
     bitserial_weight_kernel(const __grid_constant__ BitserialWeight p, int64_t items, int offset) {
     const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (item >= items) return;
     WeightItem made;
-    make_codes<kTiled>(p, item, offset, made);
+    make_weights<kTiled, kByte>(p, item, offset, made);
     T* output = static_cast<T*>(p.output) + made.first;
     Run<T> run[kLaneColumns / Run<T>::kLength];
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
-        const float value = i < made.count ? weight_of(p, made, i) : 0.0f;
-        run[i / Run<T>::kLength].lane[i % Run<T>::kLength] = from_float<T>(value);
+        run[i / Run<T>::kLength].lane[i % Run<T>::kLength] = from_float<T>(made.value[i]);
     }
     if (made.count == kLaneColumns && reinterpret_cast<uintptr_t>(output) % sizeof(uint4) == 0) {
 #pragma unroll
@@ -461,7 +513,10 @@ unsigned blocks_of(int64_t items, int64_t each) { return static_cast<unsigned>((
 
 template <class T>
 void launch_weight(const BitserialWeight& p, int64_t items, int offset, Stream stream) {
-    const auto kernel = p.blocks > 0 ? bitserial_weight_kernel<T, true> : bitserial_weight_kernel<T, false>;
+    const bool byte = p.exponents[0] < 8;
+    const auto tiled = byte ? bitserial_weight_kernel<T, true, true> : bitserial_weight_kernel<T, true, false>;
+    const auto canonical = byte ? bitserial_weight_kernel<T, false, true> : bitserial_weight_kernel<T, false, false>;
+    const auto kernel = p.blocks > 0 ? tiled : canonical;
     kernel<<<blocks_of(items, kThreads), kThreads, 0, stream>>>(p, items, offset);
 }
 
