@@ -12,6 +12,8 @@ constexpr int kGroup = 4;
 // they keep 64 KiB of wide loads in flight and more, several times what hides the latency of memory.
 constexpr int kForwardBlocks = 3;
 constexpr int kBackwardBlocks = 2;
+template <class T>
+constexpr int kSumsBlocks = sizeof(T) == 4 ? 3 : 2;
 // Blocks that share the channels of one gradient.
 constexpr int64_t kMaxFinishRows = 64;
 
@@ -164,6 +166,10 @@ __device__ __forceinline__ void backward_block(const ReconstructParams& p, const
                     group.negative[g].get(negative);
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
+                        if constexpr (!kWithLogits) {
+                            sum += grad[v] * digit<Instructions>(positive[v], negative[v], rate);
+                            continue;
+                        }
                         const float bit_p = soft_bit<Instructions>(positive[v], rate);
                         const float bit_q = soft_bit<Instructions>(negative[v], rate);
                         positive[v] = grad[v] * factor * soft_bit_slope<Instructions>(bit_p);
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 }
 // The sums alone, for a gradient in the dtype of the logits or in fp32.
 template <class T, int V, bool kFloatGradient>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kSumsBlocks<T>)
     reconstruct_sums_kernel(const __grid_constant__ ReconstructParams p, const __grid_constant__ Tiling tiling,
                             const void* __restrict__ grad_weight, double* __restrict__ partial) {
     using D = std::conditional_t<kFloatGradient, float, T>;
@@ -267,14 +273,17 @@ int total_threads(const ReconstructParams& p, const Tiling& tiling) {
 __global__ void __launch_bounds__(kThreads)
     reconstruct_totals_kernel(int planes, int64_t channels, const __grid_constant__ Tiling tiling, int team,
                               const double* __restrict__ partial, double* __restrict__ totals) {
-    const int64_t total = static_cast<int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;
+    // A grid has fewer than 2^31 blocks and a channel fewer sums than that: divided in 64 bits, they took the most
+    // time.
+    const uint32_t total = blockIdx.x * (kThreads / team) + threadIdx.x / team;
     if (total >= planes * channels) return;
-    const int64_t first = total / channels * tiling.summed_rows() + total % channels;
-    const int64_t count = tiling.summed_rows() / channels * tiling.column_blocks;
+    const uint32_t plane = total / static_cast<uint32_t>(channels), columns = tiling.column_blocks;
+    const int64_t first = plane * tiling.summed_rows() + total % static_cast<uint32_t>(channels);
+    const uint32_t count = static_cast<uint32_t>(tiling.summed_rows() / channels) * columns;
     double sum = 0.0;
-    for (int64_t i = threadIdx.x % team; i < count; i += team) {
-        const int64_t row = first + i / tiling.column_blocks * channels;
-        sum += partial[row * tiling.column_blocks + i % tiling.column_blocks];
+    for (uint32_t i = threadIdx.x % team; i < count; i += team) {
+        const uint32_t row = i / columns;
+        sum += partial[(first + row * channels) * columns + (i - row * columns)];
     }
     if (team == kThreads) {
         sum = block_sum(sum);
@@ -317,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float scale = p.scale[p.scale_per_channel ? channel : 0];
             value = totals[channel] * (too_small(scale) ? unit : 1.0 / static_cast<double>(scale));
         } else if (is_scale) {
-#pragma unroll 1
+#pragma unroll 4
             for (int b = 0; b < p.planes; ++b) {
                 const double gate = p.gates_per_channel ? gate_at(b, channel) : layer_gates[b];
                 value += static_cast<double>(1 << p.bits[b]) * gate * totals[b * p.channels + channel];
@@ -349,6 +358,7 @@ LaunchStatus launch_forward(const ReconstructParams& p, void* weight, Stream str
 // totals[planes, channels] of partial[planes, summed rows, column blocks].
 LaunchStatus launch_totals(const ReconstructParams& p, const Tiling& tiling, int planes, const double* partial,
                            double* totals, Stream stream) {
+    if (planes * p.channels > int64_t{1} << 31) return {"reconstruct_totals_kernel", "more than 2^31 sums"};
     const int team = total_threads(p, tiling);
     const int64_t blocks = (planes * p.channels + kThreads / team - 1) / (kThreads / team);
     reconstruct_totals_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(planes, p.channels, tiling, team,
