@@ -79,8 +79,7 @@ def share_of_cublas(row: Row, find: Find) -> float | None:
 FORWARD = {"op": "reconstruct", "provider": "csq", "mode": "forward", "n_bits": 8}
 BOTH = {**FORWARD, "mode": "forward+backward"}
 STEP = {"op": "csq_linear", "provider": "csq", "shape": [8192, 4096, 4096], "dtype": "bfloat16"}
-# Of 16 thousand weights: a copy of the bytes of a larger one alone takes longer than the target.
-LAUNCH = {"op": "reconstruct_launch", "provider": "csq", "shape": [64, 64]}
+LAUNCH = {"op": "reconstruct_launch", "provider": "csq"}
 PACKED = {"op": "bitserial_linear", "provider": "cuda", "shape": [8192, 8192], "dtype": "float16"}
 PACKED_MICROSECONDS = {1: 6.0, 2: 9.0, 3: 11.5, 4: 14.5, 6: 20.0, 8: 26.0}
 SINGLE_PASS = {"op": "step", "provider": "single-pass", "shape": [4096, 4096], "n_bits": 8}

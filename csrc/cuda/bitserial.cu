@@ -191,26 +191,36 @@ struct Halves {
     };
 };
 
-// The same, of tiles with a step each.
+// Sums over tiles with a step each.
+template <int N>
+struct ScaledSums {
+    float sums[2][N][4] = {};
+
+    // Adds tile(m, n, c) times the steps of the input rows.
+    template <class Tile>
+    __device__ void add_tile(const float2* steps, Tile&& tile) {
+#pragma unroll
+        for (int i = 0; i < 8 * N; ++i) {
+            const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
+            sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, tile(m, n, c), sums[m][n][c]);
+        }
+    }
+    __device__ float get(int m, int n, int c) const { return sums[m][n][c]; }
+};
+
+// The same as Halves, of tiles with a step each.
 struct ScaledHalves {
     static constexpr int kBytes = 2;
     static constexpr int kExponent = kSubnormalExponent;
     static constexpr bool kSteps = true;
 
     template <int K, int N>
-    struct Sums {
-        float sums[2][N][4] = {};
-
+    struct Sums : ScaledSums<N> {
         __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][16], const float2* steps) {
             Halves::Sums<K, N> tile;
             tile.add(words, offset, x, nullptr);
-#pragma unroll
-            for (int i = 0; i < 8 * N; ++i) {
-                const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
-                sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, tile.get(m, n, c), sums[m][n][c]);
-            }
+            this->add_tile(steps, [&](int m, int n, int c) { return tile.get(m, n, c); });
         }
-        __device__ float get(int m, int n, int c) const { return sums[m][n][c]; }
     };
 };
 
@@ -222,9 +232,7 @@ struct Bytes {
     static constexpr bool kSteps = true;
 
     template <int K, int N>
-    struct Sums {
-        float sums[2][N][4] = {};
-
+    struct Sums : ScaledSums<N> {
         __device__ void add(const uint32_t* words, int offset, const uint32_t (&x)[N][8], const float2* steps) {
             int32_t shift[N][4] = {};
             const uint32_t bytes = static_cast<uint32_t>(offset) * 0x01010101u;
@@ -239,14 +247,8 @@ struct Bytes {
 #pragma unroll
                 for (int n = 0; n < N; ++n) multiply(acc[m][n], a, x[n][2 * s], x[n][2 * s + 1]);
             });
-#pragma unroll
-            for (int i = 0; i < 8 * N; ++i) {
-                const int m = i % 2, n = i / 2 % N, c = i / 2 / N;
-                const float sum = static_cast<float>(acc[m][n][c] - shift[n][c]);
-                sums[m][n][c] = fmaf(c % 2 == 0 ? steps[n].x : steps[n].y, sum, sums[m][n][c]);
-            }
+            this->add_tile(steps, [&](int m, int n, int c) { return static_cast<float>(acc[m][n][c] - shift[n][c]); });
         }
-        __device__ float get(int m, int n, int c) const { return sums[m][n][c]; }
     };
 };
 
