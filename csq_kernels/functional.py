@@ -20,8 +20,10 @@ class _Reconstruct(torch.autograd.Function):
     """Saves the logits and nothing else: every gradient of (4) to (6) follows from ``dL/dW`` and the logits."""
 
     @staticmethod
-    def forward(ctx, bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates):
-        ctx.save_for_backward(bit_logits, gate_logits, scale, temperature)
+    def forward(
+        ctx, bit_logits, gate_logits, scale, temperature, gradient_temperature, bits, n_bits, channel_axis, hard_gates
+    ):
+        ctx.save_for_backward(bit_logits, gate_logits, scale, gradient_temperature)
         ctx.constants = (bits, n_bits, channel_axis, hard_gates)
         return _reconstruct(bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates)
 
@@ -30,7 +32,7 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx, grad_weight):
         grads = _reconstruct_backward(grad_weight, *ctx.saved_tensors, *ctx.constants)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True))
-        return (*wanted, None, None, None, None, None)
+        return (*wanted, None, None, None, None, None, None)
 
 
 def reconstruct(
@@ -43,6 +45,7 @@ def reconstruct(
     n_bits: int | None = None,
     channel_axis: int = 0,
     hard_gates: bool = False,
+    gradient_temperature: Tensor | None = None,
 ) -> Tensor:
     """Weight of a CSQ layer, equation (3): ``W = s * sum_b c_b G_b (P_b - N_b)``, ``c_b = 2^b / (2^n - 1)``.
 
@@ -57,6 +60,8 @@ def reconstruct(
         n_bits: ``n`` of the normaliser ``2^n - 1``, 1 to 16; default ``k``.
         channel_axis: axis of the weight that ``C`` indexes.
         hard_gates: use ``[u > 0]`` for the gates, without a gradient for them.
+        gradient_temperature: ``()``, the temperature of (4), (5), (6); default ``temperature``. A lower one lets bits
+            learn that the weight has as decided, as a straight-through gradient does.
 
     Returns:
         The weight, contiguous, of shape ``weight_shape`` and the dtype of ``bit_logits``.
@@ -75,7 +80,15 @@ def reconstruct(
     planes = bit_logits.shape[1] if bit_logits.ndim > 1 else 0
     bits = list(range(planes)) if bits is None else list(bits)
     n_bits = planes if n_bits is None else n_bits
-    return _Reconstruct.apply(bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates)
+    backward = temperature if gradient_temperature is None else gradient_temperature
+    if backward.shape != () or backward.device != temperature.device:
+        raise ValueError(
+            f"expected gradient_temperature of shape () on {temperature.device}, "
+            f"got {tuple(backward.shape)} on {backward.device}"
+        )
+    return _Reconstruct.apply(
+        bit_logits, gate_logits, scale, temperature, backward, bits, n_bits, channel_axis, hard_gates
+    )
 
 
 def _serves_directly(input: Tensor) -> bool:

@@ -14,10 +14,11 @@ The results equal those of ``torch.optim`` on the logits themselves, up to round
 - ``step()`` uses up the gradients of gates and scales, which no longer belong to ``model.parameters()``;
 - ``AveragedModel`` needs ``use_buffers=True``: the average is taken over the logits;
 - a weight written by hand is not a set of bits: use ``layer.set_weight_``;
-- ``SGD`` decays the weight that the bits make, as it does that of a float layer: ``weight_decay * W`` is added to
-  ``dL/dW``, and moves logits, gates and scales by (4), (5), (6). With logits as parameters, add
-  ``weight_decay / 2 * layer.weight.square().sum()`` of each layer to the loss for the same. It takes a copy of the
-  gradients for as long as the step lasts.
+- ``SGD`` and ``Adam`` decay the weight that the bits make, as they do that of a float layer: ``weight_decay * W`` is
+  added to ``dL/dW``, and moves the bits by (4). Gates and scales do not see it: behind a norm, where the size of a
+  weight means nothing, it would close the top planes first. With logits as parameters, add
+  ``weight_decay * layer.decay_term()`` of each layer to the loss for the same. It takes a copy of the gradients for as
+  long as the step lasts.
 
 Between processes only ``dL/dW`` travels, by ``DistributedDataParallel`` or ``fully_shard``. The former finds the logits
 of rank 0 everywhere once the optimizer is built from the wrapped model. Under the latter each process holds and steps
@@ -27,6 +28,7 @@ the logits of its rows; the sums of all layers are added up in one ``all_reduce`
 import gc
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -109,9 +111,21 @@ def _check_unowned(layers: dict[str, CSQLayer]) -> None:
                     )
 
 
+def _decayed(step: StepLayer, group: dict[str, Any]) -> StepLayer:
+    """The step with the decay of the weight in its gradient."""
+    decay = group["weight_decay"]
+    if decay == 0:
+        return step
+    # The rule turns the gradient around where the loss is to grow, but the weight is to shrink all the same.
+    alpha = -decay if group["maximize"] else decay
+    return replace(step, grad_weight=step.grad_weight.add(step.weight, alpha=alpha))
+
+
 class SinglePassOptimizer(torch.optim.Optimizer):
     """What the optimizers here share; see the module."""
 
+    # Whether ``weight_decay`` is also that of weights that bits make.
+    decays_bits: ClassVar[bool] = True
     _momenta: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -154,11 +168,9 @@ class SinglePassOptimizer(torch.optim.Optimizer):
             _send_state(model)
         lr, weight_decay = defaults["lr"], defaults["weight_decay"]
         super().__init__(param_groups(model, lr, weight_decay, **rates), self._stock.defaults)
-
-    def _gradient(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """``dL/dW`` of the rows that this process holds, as the step is to see it."""
-        assert weight.grad is not None
-        return local(weight.grad).resolve_neg()
+        for group in self.param_groups:
+            if group["name"] == "bit_logits" and self.decays_bits:
+                group["weight_decay"] = weight_decay
 
     def _rule(self, group: dict[str, Any], step: int) -> Rule:
         raise NotImplementedError
@@ -171,24 +183,24 @@ class SinglePassOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         steps = [
-            (weight, self._begin(weight, group, index))
+            (weight, group, self._begin(weight, group, index))
             for group in self.param_groups
             for index, weight in enumerate(group["params"])
             if weight in self._layers and weight.grad is not None
         ]
-        for _, step in steps:
+        for _, _, step in steps:
             check_step(step)
-        self._add_sums([(self._layers[weight], step) for weight, step in steps])
+        self._add_sums([(self._layers[weight], step) for weight, _, step in steps])
         self._step_stock()
         if self.before_weights is not None:
             self.before_weights()
         by_device: dict[str, list[StepLayer]] = {}
-        for weight, step in steps:
+        for weight, group, step in steps:
             if step.weight.numel():
-                by_device.setdefault(weight.device.type, []).append(step)
+                by_device.setdefault(weight.device.type, []).append(_decayed(step, group))
         for device, layers in by_device.items():
             backends.step_function("step_update", device)(layers)
-        self._finish({weight for weight, _ in steps})
+        self._finish({weight for weight, _, _ in steps})
         return loss
 
     @torch.no_grad()
@@ -219,6 +231,7 @@ class SinglePassOptimizer(torch.optim.Optimizer):
                 self._init_momentum(state, name, self._layers[weight].bit_logits)
 
     def _begin(self, weight: Tensor, group: dict[str, Any], index: int) -> StepLayer:
+        assert weight.grad is not None
         layer = self._layers[weight]
         self._init_state(weight, group)
         state = self.state[weight]
@@ -228,9 +241,9 @@ class SinglePassOptimizer(torch.optim.Optimizer):
         names = [name for name in self._momenta if name in state]
         return StepLayer(
             weight=local(weight.detach()),
-            grad_weight=self._gradient(weight, group),
+            grad_weight=local(weight.grad).resolve_neg(),
             bit_logits=layer.own_bit_logits(),
-            before=Vectors(*(vector.clone() for vector in after)),
+            before=Vectors(gates.clone(), scale.clone(), layer.gradient_temperature.clone()),
             after=after,
             bits=layer.bits,
             n_bits=layer.n_bits,
@@ -389,16 +402,6 @@ class SGD(SinglePassOptimizer):
         }
         rates = {"logit_lr": logit_lr, "gate_lr": gate_lr, "scale_lr": scale_lr}
         super().__init__(model, defaults, torch.optim.SGD, rates, narrow, seed)
-        for group in self.param_groups:
-            if group["name"] == "bit_logits":
-                group["weight_decay"] = weight_decay
-
-    def _gradient(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        gradient, decay = super()._gradient(weight, group), group["weight_decay"]
-        if decay == 0:
-            return gradient
-        # The rule turns the gradient around where the loss is to grow, but the weight is to shrink all the same.
-        return gradient.add(local(weight.detach()), alpha=-decay if group["maximize"] else decay)
 
     def _needs_momenta(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0
@@ -408,14 +411,13 @@ class SGD(SinglePassOptimizer):
         return Rule.sgd(step, float(group["lr"]), *options)
 
 
-class AdamW(SinglePassOptimizer):
-    """``torch.optim.AdamW`` for a prepared model, with the single-pass step of this module.
+class Adam(SinglePassOptimizer):
+    """``torch.optim.Adam`` for a prepared model, with the single-pass step of this module.
 
     Args:
         model: prepared by ``prepare_``; its CSQ layers enter the mode in which ``weight`` is the leaf.
-        lr, betas, eps, maximize, foreach, fused: as in ``torch.optim.AdamW``.
-        weight_decay: as in ``torch.optim.AdamW``, of float layers alone: it shrinks what is stepped, which of a CSQ
-            layer are bits. Logits, gates, scales, biases and norms are never decayed.
+        lr, betas, eps, maximize, foreach, fused: as in ``torch.optim.Adam``.
+        weight_decay: as in ``SGD``: part of the gradient.
         logit_lr, gate_lr, scale_lr, narrow, seed: as in ``SGD``.
 
     Raises:
@@ -425,12 +427,13 @@ class AdamW(SinglePassOptimizer):
         >>> from csq_kernels import prepare_
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> _ = prepare_(model)
-        >>> optimizer = AdamW(model, lr=1e-3, logit_lr=1e-2, gate_lr=2e-2)
+        >>> optimizer = Adam(model, lr=1e-3, logit_lr=1e-2, gate_lr=2e-2, weight_decay=1e-4)
         >>> model(torch.ones(1, 4)).square().sum().backward()
         >>> optimizer.step()
     """
 
     _momenta = ("exp_avg", "exp_avg_sq")
+    _torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
 
     def __init__(
         self,
@@ -438,7 +441,7 @@ class AdamW(SinglePassOptimizer):
         lr: float | Tensor = 1e-3,
         betas: Iterable[float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -462,7 +465,42 @@ class AdamW(SinglePassOptimizer):
             "differentiable": False,
         }
         rates = {"logit_lr": logit_lr, "gate_lr": gate_lr, "scale_lr": scale_lr}
-        super().__init__(model, defaults, torch.optim.AdamW, rates, narrow, seed)
+        super().__init__(model, defaults, self._torch_class, rates, narrow, seed)
 
     def _rule(self, group: dict[str, Any], step: int) -> Rule:
         return Rule.adam(step, float(group["lr"]), group["betas"], group["eps"], group["maximize"])
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW`` for a prepared model, with the single-pass step of this module.
+
+    Args:
+        weight_decay: as in ``torch.optim.AdamW``, of float layers alone: it shrinks what is stepped, which of a CSQ
+            layer are bits. Logits, gates, scales, biases and norms are never decayed.
+        model, lr, betas, eps, options: as in ``Adam``.
+
+    Raises:
+        ValueError, TypeError: as ``SGD``.
+
+    Example:
+        >>> from csq_kernels import prepare_
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = prepare_(model)
+        >>> optimizer = AdamW(model, lr=1e-3, logit_lr=1e-2, gate_lr=2e-2)
+        >>> model(torch.ones(1, 4)).square().sum().backward()
+        >>> optimizer.step()
+    """
+
+    decays_bits = False
+    _torch_class = torch.optim.AdamW
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: Iterable[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ):
+        super().__init__(model, lr, betas, eps, weight_decay, **options)

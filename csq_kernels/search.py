@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 from csq_kernels.budget import Budgets, active_sets, costs, gate_scores, repair, soft_gates, stored_bits
 from csq_kernels.nn.encode import digit_amplitude
+from csq_kernels.nn.layer import CSQLayer
 from csq_kernels.nn.prepare import csq_layers, followers
 from csq_kernels.optim import SinglePassOptimizer
 from csq_kernels.report import Report, health, report
@@ -51,6 +52,9 @@ class Search:
             ``search_temperature``, up to which bits learn, to ``final_temperature``, at which they are decided.
         lateness: before that share, the finetune stage follows (9) not in the share ``x`` of the way but in
             ``x ** lateness``: bits move far while they are soft, and are decided once the learning rate has fallen.
+        gradient_temperature: the highest temperature at which the finetune stage takes gradients; default that of the
+            weight, whatever it is. With 3, bits go on learning to the end, which the weight has as decided: those of
+            each layer's lowest plane. The digits of the planes above it are decided when the temperature passes 3.
         workload: what ``workload(model, example_input)`` counted, for a budget in bit operations, or measured with
             ``latency=True``, for one in milliseconds.
 
@@ -85,6 +89,7 @@ class Search:
         schedule: str = "exponential",
         decision_share: float = 0.2,
         lateness: float = 3.0,
+        gradient_temperature: float | None = None,
         workload: Workload | None = None,
     ):
         if total_steps < 2:
@@ -100,6 +105,8 @@ class Search:
             raise ValueError(f"expected decision_share of at least 0 and below 1, got {decision_share}")
         if not 0 < lateness < math.inf:
             raise ValueError(f"expected lateness above 0 and finite, got {lateness}")
+        if gradient_temperature is not None and not 1 <= gradient_temperature < math.inf:
+            raise ValueError(f"expected gradient_temperature of at least 1 and finite, got {gradient_temperature}")
         if schedule not in SCHEDULES:
             raise ValueError(f"expected schedule as one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.model = model
@@ -113,6 +120,7 @@ class Search:
         self.schedule = schedule
         self.decision_share = decision_share
         self.lateness = lateness
+        self.gradient_temperature = gradient_temperature
         self.steps_done = 0
         self.costs = costs(model, budget, workload)
         # The first: layers and weights are the same in all.
@@ -120,6 +128,9 @@ class Search:
         self.layers = self.cost.layers
         self._followers = {name: followers(model, layer) for name, layer in self.layers.items()}
         self._check_reachable()
+        for name, layer in self.layers.items():
+            for member in (layer, *self._followers[name]):
+                member.gradient_temperature_limit = gradient_temperature
         # A tensor on the model's device: the controller never waits for the GPU.
         self.integral = torch.zeros((), device=self._device(), dtype=torch.float64)
         gates = soft_gates(self.layers, sharpness=COUNT_SHARPNESS).detach()
@@ -145,9 +156,12 @@ class Search:
     @property
     def temperature(self) -> float:
         """beta of (9) for the step that comes next."""
-        if self.stage == "search":
-            return self._rise(1.0, self.search_temperature, self.steps_done / self.search_steps)
-        done = min(self.steps_done, self.total_steps) - self.search_steps
+        return self._temperature_at(self.steps_done)
+
+    def _temperature_at(self, step: int) -> float:
+        if step < self.search_steps:
+            return self._rise(1.0, self.search_temperature, step / self.search_steps)
+        done = min(step, self.total_steps) - self.search_steps
         share = done / (self.total_steps - self.search_steps)
         learning = 1 - self.decision_share
         middle = min(self.search_temperature, self.final_temperature) if learning < 1 else self.final_temperature
@@ -205,11 +219,18 @@ class Search:
     def _advance_early(self) -> None:
         """``step``, called by the single-pass optimizer once gates and scales have moved and before the logits do.
 
-        The end of the search is left to ``step``: it encodes the new logits.
+        What encodes the weight anew is left to ``step``: it encodes the new logits.
         """
-        if self.steps_done + 1 != self.search_steps:
+        if self.steps_done + 1 != self.search_steps and not self._upper_planes_decide():
             self._advance()
             self._advanced = True
+
+    def _upper_planes_decide(self) -> bool:
+        """Whether the step under way takes the temperature of the finetune stage past that of the gradients."""
+        if self.gradient_temperature is None or self.stage != "finetune":
+            return False
+        before, after = (self._temperature_at(self.steps_done + i) for i in range(2))
+        return before <= self.gradient_temperature < after
 
     def step(self) -> None:
         """Advance by one optimizer step: controller, end of the search, temperature.
@@ -230,12 +251,16 @@ class Search:
             # The integral doubles a constant distance after a twentieth of the search.
             self.integral = (self.integral + 20 * distance / self.search_steps).clamp(-10.0, 10.0)
             self._hold_target()
-        before = self.temperature
+        before, decide = self.temperature, self._upper_planes_decide()
         self.steps_done += 1
         if self.steps_done == self.search_steps:
             self._fix_scheme()
             before = 1.0
         self._set_temperature(before, self.temperature)
+        if decide:
+            for layer in self.layers.values():
+                layer.decide_upper_planes_(self.temperature)
+                self._forget(layer)
 
     @torch.no_grad()
     def fix_scheme(self) -> None:
@@ -284,10 +309,14 @@ class Search:
             layer.fix_scheme_(scheme[name], drop_planes=drop)
             for follower in self._followers[name]:
                 follower.follow_(layer)
-            if self.optimizer is not None:
-                for tensor in (layer.trained_tensors()["bit_logits"], layer.gate_logits):
-                    self.optimizer.state.pop(tensor, None)
-                    tensor.grad = None
+            self._forget(layer)
+
+    def _forget(self, layer: CSQLayer) -> None:
+        """Let the optimizer forget how logits moved that have just been encoded anew."""
+        if self.optimizer is not None:
+            for tensor in (layer.trained_tensors()["bit_logits"], layer.gate_logits):
+                self.optimizer.state.pop(tensor, None)
+                tensor.grad = None
 
     def layer_bits(self) -> dict[str, dict[str, int]]:
         """``{layer: {"paper": active bits, "stored": stored planes}}``, counted as if hard."""

@@ -54,7 +54,7 @@ class Rule:
 
     @classmethod
     def adam(cls, step: int, lr: float, betas: tuple[float, float], eps: float, maximize: bool) -> "Rule":
-        """The rule of ``torch.optim.AdamW`` without decay in its ``step``-th step, the first being 1."""
+        """The rule of ``torch.optim.Adam`` in its ``step``-th step, the first being 1."""
         first, second = betas
         return cls(
             momenta=2,

@@ -122,6 +122,21 @@ def grads_of_the_op(layer: Callable, case: Case, dtype: torch.dtype, seed: int) 
     return weight.detach(), *(leaf.grad for leaf in leaves)
 
 
+def test_gradients_may_be_those_of_another_temperature() -> None:
+    case = Case((4, 6), tuple(range(3)), 3, 30.0, True, True)
+    arguments, softer = case.arguments(0).to(FLOAT64), torch.tensor(2.0, dtype=FLOAT64)
+    leaves = [tensor.requires_grad_() for tensor in arguments[:3]]
+    weight = functional.reconstruct(*leaves, arguments.temperature, gradient_temperature=softer)
+    assert torch.equal(weight, functional.reconstruct(*leaves, arguments.temperature))
+    ours = torch.autograd.grad(weight.square().sum() / 2, leaves)
+    soft = torch.autograd.grad(functional.reconstruct(*leaves, softer), leaves, grad_outputs=weight.detach())
+    own = torch.autograd.grad(weight.detach().mul(functional.reconstruct(*leaves, arguments.temperature)).sum(), leaves)
+    for actual, expected, other in zip(ours, soft, own, strict=True):
+        assert torch.equal(actual, expected) and not torch.allclose(actual, other)
+    with pytest.raises(ValueError, match=r"expected gradient_temperature of shape \(\) on cpu, got \(1,\) on cpu"):
+        functional.reconstruct(*leaves, arguments.temperature, gradient_temperature=softer[None])
+
+
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per_layer", "per_channel"])
 @pytest.mark.parametrize("temperature", [1.0, 30.0])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[layer.__name__ for layer, _ in LAYERS])

@@ -150,6 +150,22 @@ def test_bits_learn_before_they_decide():
     assert values[19] == pytest.approx((16 * 1000) ** 0.5) and search.temperature == pytest.approx(1000.0)
 
 
+def test_gradients_keep_a_lower_temperature_once_the_scheme_is_fixed():
+    model = build()
+    search, _ = start(model, total_steps=20, search_share=0.5, gradient_temperature=3.0)
+    layer = model[0]
+    for _ in range(9):
+        search.step()
+    assert layer.stage == "search" and layer.gradient_temperature == layer.temperature > 3
+    search.step()
+    assert layer.stage == "finetune" and layer.gradient_temperature == layer.temperature == 1
+    for _ in range(10):
+        search.step()
+    assert layer.gradient_temperature == 3 and layer.temperature == search.final_temperature
+    csq.Search(model, "3 bits", 10, search_share=0.0)
+    assert layer.gradient_temperature == layer.temperature, "a search brings its own"
+
+
 @pytest.mark.parametrize("searched", [0, 7])
 def test_the_scheme_can_be_fixed_early_and_resumed(searched):
     model = build()
@@ -272,6 +288,7 @@ def test_budget_out_of_reach_says_what_can_be_reached(budget):
         ({"final_temperature": math.nan}, "expected final_temperature of at least 1 and finite, got nan"),
         ({"search_temperature": 0.5}, "expected search_temperature of at least 1 and finite, got 0.5"),
         ({"strength": -1.0}, "expected strength of at least 0 and finite, got -1.0"),
+        ({"gradient_temperature": 0.5}, "expected gradient_temperature of at least 1 and finite, got 0.5"),
         ({"lateness": 0.0}, "expected lateness above 0 and finite, got 0.0"),
         ({"schedule": "step"}, "expected schedule as one of exponential, linear, cosine, got 'step'"),
     ],

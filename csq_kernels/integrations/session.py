@@ -10,7 +10,7 @@ from torch import nn
 from csq_kernels.budget import Budget
 from csq_kernels.nn.layer import Config
 from csq_kernels.nn.prepare import Plan, csq_layers, prepare_
-from csq_kernels.optim import SGD, SinglePassOptimizer
+from csq_kernels.optim import SinglePassOptimizer
 from csq_kernels.report import Report
 from csq_kernels.search import Search, finalize_
 
@@ -113,7 +113,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             if id(tensor) not in decay:
                 raise ValueError(f"expected optimizer with {kind} of {name}, got one made before prepare_: {advice}")
             # There the leaf is stepped in place of the logits, and its decay is that of the weight.
-            decays_weight = kind == "bit_logits" and isinstance(optimizer, SGD)
+            decays_weight = kind == "bit_logits" and isinstance(optimizer, SinglePassOptimizer) and optimizer.decays_bits
             if decay[id(tensor)] and not decays_weight:
                 raise ValueError(
                     f"expected no weight decay on {kind} of {name}, got {decay[id(tensor)]:g}, which would pull it to "

@@ -30,10 +30,15 @@ def digit_amplitude(temperature: float) -> float:
     return math.tanh(temperature * MARGIN / 2)
 
 
-def _basis(bits: Sequence[int], gates: Tensor, weight_ndim: int, channel_axis: int) -> list[Tensor]:
+def _basis(
+    bits: Sequence[int], gates: Tensor, weight_ndim: int, channel_axis: int, margins: Sequence[float] | None = None
+) -> list[Tensor]:
     """Contribution of digit 1 in each plane, in steps of ``s / (2^n - 1)``; broadcasts against the weight."""
-    amplitude = digit_amplitude(1.0)
-    return [2.0**bit * amplitude * along_channel(gates[i], weight_ndim, channel_axis) for i, bit in enumerate(bits)]
+    amplitudes = [math.tanh(margin / 2) for margin in margins or [MARGIN] * len(bits)]
+    return [
+        2.0**bit * amplitude * along_channel(gates[i], weight_ndim, channel_axis)
+        for i, (bit, amplitude) in enumerate(zip(bits, amplitudes, strict=True))
+    ]
 
 
 def _nearest_digit(remainder: Tensor, unit: Tensor) -> Tensor:
@@ -99,6 +104,7 @@ def encode(
     temperature: Tensor,
     n_bits: int,
     channel_axis: int,
+    margins: Sequence[float] | None = None,
 ) -> Tensor:
     """Bit logits ``(2, k, *weight.shape)`` for which equation (3) gives ``weight``, as closely as the planes allow.
 
@@ -108,21 +114,23 @@ def encode(
         bits: increasing exponents of the ``k`` planes.
         gates: G of equation (2), ``(k,)`` or ``(k, C)``; a plane with gate 0 gets digit 0.
         temperature: ``()``.
+        margins: beta times the logit of a decided bit in each plane; default ``MARGIN``.
     """
-    basis = _basis(bits, gates, weight.ndim, channel_axis)
-    amplitude = digit_amplitude(1.0)
-    off_probability = 1 / (1 + math.exp(MARGIN))
+    margins = margins or [MARGIN] * len(bits)
+    basis = _basis(bits, gates, weight.ndim, channel_axis, margins)
     logits = weight.new_empty((2, len(bits), *weight.shape))
     remainder = weight / along_channel(scale / (2.0**n_bits - 1), weight.ndim, channel_axis)
     lower_plane_on = [sum(basis[:i], start=weight.new_zeros(())) > 0 for i in range(len(basis))]
     for plane in reversed(range(len(bits))):
-        unit = basis[plane]
+        unit, margin = basis[plane], margins[plane]
         soft = (remainder / unit.masked_fill(unit == 0, 1.0)).clamp(-1, 1).masked_fill(unit == 0, 0.0)
         digit = torch.where(lower_plane_on[plane], _nearest_digit(remainder, unit), soft)
         remainder = remainder - digit * unit
         # The off side of a digit stays off and the on side carries it, so that 0 lies between -1 and 1 for training.
-        on_logit = torch.logit(off_probability + amplitude * digit.abs())
-        off_logit = torch.full_like(on_logit, -MARGIN)
+        # As far from 0 as the margin allows, where rounding would make the logit of 0 or 1 infinite.
+        probability = 1 / (1 + math.exp(margin)) + math.tanh(margin / 2) * digit.abs()
+        on_logit = torch.logit(probability).clamp(-margin, margin)
+        off_logit = torch.full_like(on_logit, -margin)
         logits[0, plane] = torch.where(digit > 0, on_logit, off_logit)
         logits[1, plane] = torch.where(digit < 0, on_logit, off_logit)
     return logits / temperature

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from csq_kernels import functional, reference
 from csq_kernels._ops import MAX_BITS
 from csq_kernels.nn.activation import ActivationQuantizer
-from csq_kernels.nn.encode import best_scale, encode, full_scale
+from csq_kernels.nn.encode import MARGIN, best_scale, encode, full_scale
 from csq_kernels.nn.in_place import replace_
 from csq_kernels.nn.leaf import PARAMETERS, LeafWeight, is_sharded
 
@@ -21,6 +21,8 @@ GRANULARITIES = ("layer", "channel")
 STAGES = ("float", "search", "finetune", "hard")
 # beta * u of a gate at the start, at beta = 1: sig(1) = 0.73. Not 0: gates on the threshold all flip at the first step.
 INITIAL_GATE_LOGIT = 1.0
+# The logit of a bit that training moves no more.
+_DECIDED = 6.0
 BUFFERS = ("temperature", "codes")
 # Of the weights of convolutions over images and volumes, besides the contiguous one.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -106,6 +108,8 @@ class CSQLayer(LeafWeight):
     stage = "float"
     # Whether the weight is channels last, as the float one was: convolutions answer in the format of input or weight.
     channels_last = False
+    # In the finetune stage gradients are those of a temperature no higher than this one. The search sets it.
+    gradient_temperature_limit: float | None = None
 
     bit_logits: nn.Parameter
     gate_logits: nn.Parameter
@@ -168,7 +172,7 @@ class CSQLayer(LeafWeight):
             del self._parameters[name]
         for name in BUFFERS:
             del self._buffers[name]
-        for name in ("bits", "stage", "channels_last", "_made_of", *OPTIONS):
+        for name in ("bits", "stage", "channels_last", "gradient_temperature_limit", "_made_of", *OPTIONS):
             self.__dict__.pop(name, None)
 
     @staticmethod
@@ -265,7 +269,20 @@ class CSQLayer(LeafWeight):
             n_bits=self.n_bits,
             channel_axis=self.channel_axis,
             hard_gates=self.stage == "finetune",
+            gradient_temperature=self.gradient_temperature,
         )
+
+    def decay_term(self) -> Tensor:
+        """``()``, half the squared weight: times a ``weight_decay``, what it adds to the loss. It moves bits alone."""
+        logits, gates, scale = self.bit_logits, self.gate_logits.detach(), self.scale.detach()
+        return self._reconstruct(logits, gates, scale).square().sum() / 2
+
+    @property
+    def gradient_temperature(self) -> Tensor:
+        """``()``, the temperature at which gradients (4), (5), (6) are taken."""
+        if self.gradient_temperature_limit is None or self.stage != "finetune":
+            return self.temperature
+        return self.temperature.clamp(max=self.gradient_temperature_limit)
 
     @torch.no_grad()
     def set_weight_(self, weight: Tensor) -> None:
@@ -369,6 +386,25 @@ class CSQLayer(LeafWeight):
         self.gate_logits.copy_(torch.where(open_gates, INITIAL_GATE_LOGIT, -INITIAL_GATE_LOGIT))
         self.gate_logits.requires_grad_(False)
         self.gate_logits.grad = None
+        if self.weight_is_leaf:
+            self.refresh_weight_()
+
+    @torch.no_grad()
+    def decide_upper_planes_(self, temperature: float) -> None:
+        """Make the digits of all planes but the lowest integers for good, in the finetune stage, at ``temperature``.
+
+        The lowest takes the remainder as a soft digit, as when the scheme was fixed. From there on a weight moves by
+        single steps: a digit of an upper plane that changed would move it by several.
+        """
+        weight = self._computed_weight()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        gates = (self.own_gates(self.gate_logits) > 0).to(self.scale.dtype)
+        margins = [MARGIN * temperature] + [_DECIDED * temperature] * (len(self.bits) - 1)
+        scale = self.own_scale(self.scale)
+        logits = encode(
+            wide, scale, self.bits, gates, self.temperature, self.n_bits, self.channel_axis, margins[: len(self.bits)]
+        )
+        self.own_bit_logits().copy_(logits)
         if self.weight_is_leaf:
             self.refresh_weight_()
 

@@ -62,11 +62,11 @@ def optimizer_for(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.
         # One group: logits, gates and scales decay as well.
         optimizer = torch.optim.SGD(model.parameters(), lr, options.momentum, weight_decay=options.weight_decay)
     elif quantized and options.step != "separate":
-        single_pass = csq.optim.AdamW if options.name == "adamw" else csq.optim.SGD
+        single_pass = {"sgd": csq.optim.SGD, "adam": csq.optim.Adam, "adamw": csq.optim.AdamW}[options.name]
         state: dict[str, Any] = {"narrow": options.step == "narrow", "seed": recipe.seed}
         optimizer = single_pass(model, weight_decay=options.weight_decay, **rule, **rates, **state)
     else:
-        stock = torch.optim.AdamW if options.name == "adamw" else torch.optim.SGD
+        stock = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.name]
         optimizer = stock(csq.param_groups(model, lr, options.weight_decay, **rates), **rule)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -74,9 +74,9 @@ def optimizer_for(recipe: "Recipe", model: nn.Module, quantized: bool) -> torch.
 
 
 def _loss_decay(recipe: "Recipe") -> float:
-    """Decay of CSQ weights that the loss has to bring, as ``csq.optim.SGD`` brings it: torch optimizers step logits."""
+    """Decay of CSQ weights that the loss has to bring, as ``csq.optim`` brings it: torch optimizers step logits."""
     options = _csq_options(recipe)
-    brought = options.step != "separate" or options.name != "sgd" or recipe.preset == "paper"
+    brought = options.step != "separate" or options.name == "adamw" or recipe.preset == "paper"
     return 0.0 if brought else options.weight_decay
 
 
@@ -153,7 +153,7 @@ def train_phase(
             if search is not None:
                 loss = loss + search.penalty()
                 if decay:
-                    loss = loss + decay / 2 * sum(layer.weight.square().sum() for layer in csq_layers(model).values())
+                    loss = loss + decay * sum(layer.decay_term() for layer in csq_layers(model).values())
             optimizer.zero_grad()
             loss.backward()
             if recipe.clip_grad_norm is not None:

@@ -85,14 +85,14 @@ class Epochs(_Section):
 
 
 class Optimizer(_Section):
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(gt=0, description="of what is not named below")
     logit_lr: float | None = Field(default=None, gt=0, description="of bit logits; default: lr")
     gate_lr: float | None = Field(default=None, gt=0, description="of gate logits; default: lr")
     scale_lr: float | None = Field(default=None, gt=0, description="of scales; default: lr")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, in Nesterov's form unless 0")
     weight_decay: float = Field(
-        default=0.0, ge=0, description="of weights; with sgd, of those that bits make too, by way of the bits"
+        default=0.0, ge=0, description="of weights; with sgd and adam, of those that bits make too, by way of the bits"
     )
     step: Literal["single-pass", "narrow", "separate"] = Field(
         default="single-pass",
@@ -119,6 +119,9 @@ class SearchOptions(_Section):
     )
     lateness: float = Field(
         default=_SEARCH_DEFAULTS["lateness"], gt=0, description="how late the temperature rises before that; 1: as (9)"
+    )
+    gradient_temperature: float | None = Field(
+        default=_SEARCH_DEFAULTS["gradient_temperature"], ge=1, description="the highest one of gradients"
     )
 
 
