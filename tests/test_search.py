@@ -166,6 +166,50 @@ def test_gradients_keep_a_lower_temperature_once_the_scheme_is_fixed():
     assert layer.gradient_temperature == layer.temperature, "a search brings its own"
 
 
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_upper_planes_decide_and_keep_the_weight(granularity):
+    layer = build(gate_granularity=granularity)[7]
+    layer.fix_scheme_((4, 6, 7))
+    with torch.no_grad():
+        layer.temperature.fill_(3.0)
+        layer.bit_logits += 0.3 * torch.randn(layer.bit_logits.shape, generator=torch.Generator().manual_seed(0))
+        before = layer.weight.clone()
+        layer.decide_upper_planes_(3.0)
+        after, step = layer.weight, layer.scale[:, None] / (2**layer.n_bits - 1)
+    rows = [layer.bits.index(bit) for bit in (6, 7)]
+    assert ((3 * layer.bit_logits[:, rows]).abs() > 16).all()
+    # Where the lowest plane, 2^4, cannot hold the remainder, it is at its end.
+    lowest = layer.bit_logits[:, layer.bits.index(4)]
+    free = (3 * lowest).amax(0) < 6 - 1e-4
+    assert free.float().mean() > 0.5
+    assert ((after - before).abs() / step)[free].max() < 16 * 1e-4
+    assert ((after - before).abs() / step).max() < 2**5
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["drop", "keep"])
+@pytest.mark.parametrize("single_pass", [True, False])
+def test_the_lowest_plane_learns_after_the_others_have_decided(drop, single_pass):
+    model = build()
+    if single_pass:
+        optimizer = csq.optim.SGD(model, lr=0.05, momentum=0.9, logit_lr=100.0)
+    else:
+        optimizer = torch.optim.SGD(csq.param_groups(model, 0.05, logit_lr=100.0), lr=0.05, momentum=0.9)
+    options = {"search_share": 0.25, "gradient_temperature": 3.0}
+    search = csq.Search(model, "4 bits", 40, optimizer=optimizer if drop else None, **options)
+    seen = []
+    while search.steps_done < 40:
+        train(model, search, optimizer, 1)
+        if search.stage == "finetune" and search.temperature > 3:
+            layer = model[7]
+            stored = [layer.bits.index(bit) for bit in layer.active_bits()]
+            seen.append([(layer.bit_logits[0, row] > 0).int() - (layer.bit_logits[1, row] > 0).int() for row in stored])
+    assert len(seen) > 10 and len(seen[0]) > 1
+    for first, last in zip(seen[0][1:], seen[-1][1:], strict=True):
+        assert torch.equal(first, last)
+    assert not torch.equal(seen[0][0], seen[-1][0])
+    assert csq.finalize_(model, budget="4 bits").budget_met
+
+
 @pytest.mark.parametrize("searched", [0, 7])
 def test_the_scheme_can_be_fixed_early_and_resumed(searched):
     model = build()

@@ -105,6 +105,8 @@ class Session:
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     advice = "use csq_kernels.optim, or csq_kernels.param_groups with an optimizer of torch"
+    # The single-pass optimizers step the leaf in place of the logits, and its decay is that of the weight.
+    decays_weight = isinstance(optimizer, SinglePassOptimizer) and optimizer.decays_bits
     decay = {id(tensor): group.get("weight_decay", 0) for group in optimizer.param_groups for tensor in group["params"]}
     for name, layer in csq_layers(model).items():
         for kind, tensor in layer.trained_tensors().items():
@@ -112,9 +114,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 continue
             if id(tensor) not in decay:
                 raise ValueError(f"expected optimizer with {kind} of {name}, got one made before prepare_: {advice}")
-            # There the leaf is stepped in place of the logits, and its decay is that of the weight.
-            decays_weight = kind == "bit_logits" and isinstance(optimizer, SinglePassOptimizer) and optimizer.decays_bits
-            if decay[id(tensor)] and not decays_weight:
+            if decay[id(tensor)] and not (decays_weight and kind == "bit_logits"):
                 raise ValueError(
                     f"expected no weight decay on {kind} of {name}, got {decay[id(tensor)]:g}, which would pull it to "
                     f"the undecided point: {advice}"
