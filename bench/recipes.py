@@ -22,7 +22,7 @@ from harness import ROOT, circumstances
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 DOCUMENTS = ROOT / "docs" / "results"
 DISTILLED = "distillation={weight: 0.5}"
-ADAM = "csq_optimizer={name: adamw, lr: 6.0e-3, logit_lr: 0.1, gate_lr: 0.02, scale_lr: 2.0e-4, weight_decay: 0.02}"
+ADAM = "csq_optimizer={name: adam, lr: 6.0e-3, logit_lr: 0.1, gate_lr: 0.02, scale_lr: 2.0e-4, weight_decay: 5.0e-4}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ ABLATION = {
         "temperature (9) over the whole finetune stage", "search.decision_share=0", "search.lateness=1"
     ),
     "early": _trained("temperature (9) until the bits decide", "search.lateness=1"),
+    "own-gradient": _trained("gradients of the weight's own temperature", "search.gradient_temperature=null"),
     "final-200": _trained("last temperature 200", "search.final_temperature=200"),
     "scale-layer": _trained("one scale a layer", "quantization.scale_granularity=layer"),
     "no-search": _trained(

@@ -81,8 +81,8 @@ def main(mode: str, folder: Path) -> None:
     # Under DDP only rank 0 starts from the weights that count.
     model = make_model(rank if mode == "ddp" else 0)
     wrapped = wrap(model, "fsdp" if mode in ("save", "load") else mode)
-    optimizer = csq.optim.SGD(wrapped, 0.1, momentum=0.9)
-    search = csq.Search(wrapped, budget=BUDGET, total_steps=STEPS, optimizer=optimizer)
+    optimizer = csq.optim.SGD(wrapped, 0.1, momentum=0.9, weight_decay=1.0)
+    search = csq.Search(wrapped, budget=BUDGET, total_steps=STEPS, optimizer=optimizer, gradient_temperature=3.0)
     counts: dict[str, int] = {}
     if mode == "ddp":
 

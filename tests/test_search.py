@@ -398,12 +398,13 @@ def test_a_random_configuration_meets_its_budget(seed):
     budget = choose.choice([f"{paper + 1:.2f} bits", f"{paper:.2f} paper bits"])
     steps, share = choose.randint(2, 40), choose.uniform(0.1, 0.9)
     single_pass = choose.choice([csq.optim.SGD, csq.optim.AdamW, None])
+    options = {"search_share": share, "gradient_temperature": choose.choice([None, 1.0, 3.0, 1e5])}
     if single_pass is None:
-        search, optimizer = start(network, budget, steps, search_share=share)
+        search, optimizer = start(network, budget, steps, **options)
     else:
         rates = {"lr": 1e-2, "logit_lr": choose.choice([0.05, 1.0]), "gate_lr": choose.choice([0.02, 0.5])}
         optimizer = single_pass(network, **rates)
-        search = csq.Search(network, budget, steps, optimizer=optimizer, search_share=share)
+        search = csq.Search(network, budget, steps, optimizer=optimizer, **options)
     train(network, search, optimizer, steps)
     report = csq.finalize_(network, budget=budget)
     assert report.budget_met and search.progress()["gap"] <= 0

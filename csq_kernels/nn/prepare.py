@@ -220,10 +220,10 @@ def param_groups(
 ) -> list[dict]:
     """Parameter groups for a torch optimizer: no decay on logits, gates, scales, biases and norms.
 
-    Decay would pull logits to 0, the undecided point. For that of the weight they make, add ``weight_decay / 2 *
-    layer.weight.square().sum()`` to the loss; ``csq_kernels.optim.SGD`` does as much by itself. A learning rate that is
-    not given is ``lr``; with Adam, 10 times that for logits and 20 times for gates is a good start, because they move
-    on a scale of 1. Empty groups are left out; each group carries its ``name``.
+    Decay would pull logits to 0, the undecided point. For that of the weight they make, add ``weight_decay *
+    layer.decay_term()`` of each layer to the loss; ``csq_kernels.optim.SGD`` does as much by itself. A learning rate
+    that is not given is ``lr``; with Adam, 10 times that for logits and 20 times for gates is a good start, because
+    they move on a scale of 1. Empty groups are left out; each group carries its ``name``.
 
     Example:
         >>> from torch import nn, optim
