@@ -128,7 +128,7 @@ def encode(
         remainder = remainder - digit * unit
         # The off side of a digit stays off and the on side carries it, so that 0 lies between -1 and 1 for training.
         # As far from 0 as the margin allows, where rounding would make the logit of 0 or 1 infinite.
-        probability = 1 / (1 + math.exp(margin)) + math.tanh(margin / 2) * digit.abs()
+        probability = math.exp(-margin) / (1 + math.exp(-margin)) + math.tanh(margin / 2) * digit.abs()
         on_logit = torch.logit(probability).clamp(-margin, margin)
         off_logit = torch.full_like(on_logit, -margin)
         logits[0, plane] = torch.where(digit > 0, on_logit, off_logit)
