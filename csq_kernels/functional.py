@@ -23,7 +23,8 @@ class _Reconstruct(torch.autograd.Function):
     def forward(
         ctx, bit_logits, gate_logits, scale, temperature, gradient_temperature, bits, n_bits, channel_axis, hard_gates
     ):
-        ctx.save_for_backward(bit_logits, gate_logits, scale, gradient_temperature)
+        backward = temperature if gradient_temperature is None else gradient_temperature
+        ctx.save_for_backward(bit_logits, gate_logits, scale, backward)
         ctx.constants = (bits, n_bits, channel_axis, hard_gates)
         return _reconstruct(bit_logits, gate_logits, scale, temperature, bits, n_bits, channel_axis, hard_gates)
 
@@ -80,14 +81,13 @@ def reconstruct(
     planes = bit_logits.shape[1] if bit_logits.ndim > 1 else 0
     bits = list(range(planes)) if bits is None else list(bits)
     n_bits = planes if n_bits is None else n_bits
-    backward = temperature if gradient_temperature is None else gradient_temperature
-    if backward.shape != () or backward.device != temperature.device:
-        raise ValueError(
-            f"expected gradient_temperature of shape () on {temperature.device}, "
-            f"got {tuple(backward.shape)} on {backward.device}"
-        )
+    if gradient_temperature is temperature:
+        # torch.compile takes no tensor twice.
+        gradient_temperature = None
+    elif gradient_temperature is not None and gradient_temperature.shape != ():
+        raise ValueError(f"expected gradient_temperature of shape (), got {tuple(gradient_temperature.shape)}")
     return _Reconstruct.apply(
-        bit_logits, gate_logits, scale, temperature, backward, bits, n_bits, channel_axis, hard_gates
+        bit_logits, gate_logits, scale, temperature, gradient_temperature, bits, n_bits, channel_axis, hard_gates
     )
 
 
