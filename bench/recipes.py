@@ -22,6 +22,8 @@ from harness import ROOT, circumstances
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 DOCUMENTS = ROOT / "docs" / "results"
 DISTILLED = "distillation={weight: 0.5}"
+# With a plane in each layer there is none above it to decide first: gradients of the weight's own temperature.
+ONE_PLANE = "search.gradient_temperature=null"
 ADAM = "csq_optimizer={name: adam, lr: 6.0e-3, logit_lr: 0.1, gate_lr: 0.02, scale_lr: 2.0e-4, weight_decay: 5.0e-4}"
 
 
@@ -70,11 +72,11 @@ def fashion(epochs: int) -> dict[str, Experiment]:
         "lsq-3": _trained("LSQ, 3 bits everywhere", "method=lsq", "bits=3"),
         "csq-3": _trained("CSQ, 3.0 stored bits", "budget=3.0 bits"),
         "lsq-2": _trained("LSQ, 2 bits everywhere", "method=lsq", "bits=2"),
-        "csq-2": _trained("CSQ, 2.0 stored bits", "budget=2.0 bits"),
+        "csq-2": _trained("CSQ, 2.0 stored bits", "budget=2.0 bits", ONE_PLANE),
         "lsq-3-distilled": _trained("LSQ, 3 bits everywhere, distilled", "method=lsq", "bits=3", DISTILLED),
         "csq-3-distilled": _trained("CSQ, 3.0 stored bits, distilled", "budget=3.0 bits", DISTILLED),
         "lsq-2-distilled": _trained("LSQ, 2 bits everywhere, distilled", "method=lsq", "bits=2", DISTILLED),
-        "csq-2-distilled": _trained("CSQ, 2.0 stored bits, distilled", "budget=2.0 bits", DISTILLED),
+        "csq-2-distilled": _trained("CSQ, 2.0 stored bits, distilled", "budget=2.0 bits", ONE_PLANE, DISTILLED),
         "float-longer": Experiment("float, trained on as long", ("method=float",), "float", from_float),
         "lsq-4": _trained("LSQ, 4 bits everywhere", "method=lsq", "bits=4"),
         "csq-4": _trained("CSQ, 4.0 stored bits", "budget=4.0 bits"),
@@ -109,7 +111,7 @@ ABLATION = {
         "temperature (9) over the whole finetune stage", "search.decision_share=0", "search.lateness=1"
     ),
     "early": _trained("temperature (9) until the bits decide", "search.lateness=1"),
-    "own-gradient": _trained("gradients of the weight's own temperature", "search.gradient_temperature=null"),
+    "gradient-3": _trained("gradients of a temperature of 3 at most", "search.gradient_temperature=3"),
     "final-200": _trained("last temperature 200", "search.final_temperature=200"),
     "scale-layer": _trained("one scale a layer", "quantization.scale_granularity=layer"),
     "no-search": _trained(
@@ -136,7 +138,7 @@ SUITES = {
     "fashion_mnist_cnn_ablation": Suite(
         "What each setting is worth: a small convolutional network on Fashion-MNIST at 2.0 stored bits",
         "fashion_mnist_resnet20",
-        ("model={name: cnn}", "budget=2.0 bits", "epochs.float=4", "epochs.search=1", "epochs.finetune=3"),
+        ("model={name: cnn}", "budget=2.0 bits", ONE_PLANE, "epochs.float=4", "epochs.search=1", "epochs.finetune=3"),
         ABLATION,
     ),
     "fashion_mnist_resnet20": Suite(
