@@ -145,7 +145,7 @@ def test_gradients_of_a_lower_temperature(kind: str) -> None:
 
 def test_the_weights_of_bits_decay_by_a_group_that_can_be_changed() -> None:
     norms = []
-    for decay in (0.0, 300.0):
+    for decay in (0.0, 3000.0):
         model = make_model()
         optimizer = make_optimizer(model, "sgd", True, weight_decay=decay)
         assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups if g["weight_decay"]} == (
@@ -153,7 +153,7 @@ def test_the_weights_of_bits_decay_by_a_group_that_can_be_changed() -> None:
         )
         train(model, optimizer, None, 0, 5)
         norms.append([layer.weight.detach().norm() for layer in csq_layers(model).values()])
-    assert all(decayed < 0.98 * kept for kept, decayed in zip(*norms, strict=True))
+    assert all(decayed < 0.9 * kept for kept, decayed in zip(*norms, strict=True))
     grad = model[4].weight.grad.clone()
     optimizer.step()
     assert torch.equal(model[4].weight.grad, grad), "decay was added to the gradient that others see"
